@@ -1,0 +1,122 @@
+"""StepTrace: what one training step does, region by region, op by op.
+
+Bytes are those of storages (what freeing gives back), times are seconds of the device.
+An op's `position` counts the ops that the region's forward sent to the dispatcher, in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpTrace:
+    """One op inside a region that produced new storage.
+
+    Args:
+        position: place in the region's op sequence, from 0.
+        op: overload name, for example "aten.mm.default".
+        nbytes: bytes of the new storages that the op allocated for its outputs.
+        saved_nbytes: the part of `nbytes` that autograd keeps for backward in the plain step.
+        flops: floating-point operations, 0 where no formula is known.
+        time_s: measured time of the op.
+        kind: "attention", "matmul", "random", "factory" or "other".
+        placeable: whether its outputs may be stored and answered from storage.
+        reason: why not, when not placeable.
+    """
+
+    position: int
+    op: str
+    nbytes: int
+    saved_nbytes: int
+    flops: int
+    time_s: float
+    kind: str
+    placeable: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionTrace:
+    """One call of a region in the traced step.
+
+    Args:
+        name: qualified module name, with "#k" after the k-th further call in one step.
+        group: regions with one `group` ran the same op sequence on the same shapes.
+        input_nbytes: bytes of the tensors that enter the region and are not shared by all.
+        saved_nbytes: bytes that the plain step would keep for this region's backward.
+        ops: the ops that allocated storage, in order.
+        num_ops: length of the whole op sequence (views and writes included).
+        forward_s, recompute_s, backward_s: device times; `backward_s` excludes the recompute.
+        forward_peak_bytes: device bytes above the level at the region's start, forward.
+        backward_peak_bytes: device bytes above the level at the start of its recompute, until
+            the region's backward ended.
+        has_unseen_writer: a kernel that PyTorch's dispatcher does not see wrote to a tensor.
+    """
+
+    name: str
+    group: str
+    input_nbytes: int
+    saved_nbytes: int
+    ops: tuple[OpTrace, ...]
+    num_ops: int
+    forward_s: float
+    recompute_s: float
+    backward_s: float
+    forward_peak_bytes: int
+    backward_peak_bytes: int
+    has_unseen_writer: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTrace:
+    """One traced step of a model on one batch shape.
+
+    Args:
+        device: "cuda" or "cpu".
+        shapes: description of the root call's tensor arguments.
+        param_bytes, grad_bytes, buffer_bytes, optimizer_bytes: the model's own states.
+        grad_bytes_at_start: largest gradient bytes alive at a root forward of the step
+            (0 with one micro-batch and gradients set to None, `grad_bytes` when accumulating).
+        resident_bytes: device bytes alive at the first root forward, states included.
+        outside_saved_bytes: bytes autograd saved outside regions, parameters excluded.
+        outside_peak_bytes: device peak between the last region's forward and the first
+            recompute, above the level at the end of the last region's forward.
+        optimizer_peak_bytes: device peak during `optimizer.step()`.
+        peak_bytes: device peak of the traced step, which ran in the safest placement.
+        regions: in order of the forward.
+        forward_s, backward_s, optimizer_s: device times of the traced step.
+        num_micro_batches: root forwards with gradients in the step.
+    """
+
+    device: str
+    shapes: str
+    param_bytes: int
+    grad_bytes: int
+    buffer_bytes: int
+    optimizer_bytes: int
+    grad_bytes_at_start: int
+    resident_bytes: int
+    outside_saved_bytes: int
+    outside_peak_bytes: int
+    optimizer_peak_bytes: int
+    peak_bytes: int
+    regions: tuple[RegionTrace, ...]
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+    num_micro_batches: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-serialisable dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> StepTrace:
+        """Build from what `to_dict` returned."""
+        regions = tuple(
+            RegionTrace(**{**r, "ops": tuple(OpTrace(**o) for o in r["ops"])})
+            for r in data["regions"]
+        )
+        return cls(**{**data, "regions": regions})
