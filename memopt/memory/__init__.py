@@ -1,0 +1,1 @@
+"""Where host and device bytes live: buffers, accounting, and the facts of this machine."""
