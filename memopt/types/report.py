@@ -1,0 +1,156 @@
+"""RunReport: what memopt predicted of a run and what it measured, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from memopt.types.budget import ResolvedBudget
+from memopt.types.errors import ConfigError
+
+FORMAT = "memopt-run-report-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Peak bytes and seconds of one step; None: not known (then the report shows a dash).
+
+    Args:
+        device_bytes: on CUDA allocated bytes, on CPU accounted bytes of live tensor storages.
+        host_bytes: memopt's own host buffers.
+        ssd_bytes: extent files.
+        step_s: one whole step; where measured, the median.
+    """
+
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    ssd_bytes: int | None = None
+    step_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """Bytes moved per direction, over all steps of the run."""
+
+    d2h_bytes: int = 0
+    h2d_bytes: int = 0
+    ssd_write_bytes: int = 0
+    ssd_read_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementRow:
+    """One kind of tensor and where the plan put it, per step.
+
+    Args:
+        kind: overload name ("aten.mm.default"), "region input" or "outside regions".
+        placement: device, host, ssd or recompute.
+        num_outputs: tensors of this kind with this placement, over all regions.
+        size_bytes: their bytes together.
+    """
+
+    kind: str
+    placement: str
+    num_outputs: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What happened in one `optimize` context.
+
+    Args:
+        device: the device and its name ("cuda:0 NVIDIA H200", "cpu").
+        budget: what the run was allowed.
+        predicted: by the plan that ran last.
+        measured: peaks over the steps after the first, and the median step.
+        baseline: the plain step, as far as the trace knows it.
+        num_steps: finished steps.
+        first_step_s: the traced step, page-locking and calibration included; None before its end.
+        exposed_s: time that the compute stream waited for transfers, median per step.
+        moved: bytes per direction.
+        placements: what was placed where.
+        resident_bytes: largest resident set of the process.
+        device_reserved_bytes: peak that PyTorch's allocator reserved; None on CPU.
+        device_context_bytes: device memory used beside the allocator; None on CPU.
+        plan: what chose the placements ("auto", "host", ..., or a plan's file).
+        notes: fallbacks with their reasons, settings without effect, doubts.
+        versions: of memopt, torch, python and what else took part.
+    """
+
+    device: str
+    budget: ResolvedBudget
+    predicted: Footprint
+    measured: Footprint
+    baseline: Footprint = field(default_factory=Footprint)
+    num_steps: int = 0
+    first_step_s: float | None = None
+    exposed_s: float | None = None
+    moved: Moved = field(default_factory=Moved)
+    placements: tuple[PlacementRow, ...] = ()
+    resident_bytes: int | None = None
+    device_reserved_bytes: int | None = None
+    device_context_bytes: int | None = None
+    plan: str = "auto"
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    # memopt.report sets this: tables need a library, and this package imports nothing.
+    renderer: ClassVar[Callable[[RunReport], str] | None] = None
+
+    @property
+    def median_step_s(self) -> float | None:
+        """The median step, first step excluded."""
+        return self.measured.step_s
+
+    def __str__(self) -> str:
+        """One table; JSON where memopt.report was never imported."""
+        if RunReport.renderer is not None:
+            return RunReport.renderer(self)
+        return json.dumps(self.to_dict(), indent=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-serialisable dictionary; keys are the fields' names."""
+        fields = asdict(self)
+        fields["versions"] = dict(self.versions)
+        return {"format": FORMAT, **fields}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RunReport:
+        """Build from what `to_dict` returned; ConfigError when it is no report."""
+        if data.get("format") != FORMAT:
+            raise ConfigError(
+                f"not a memopt report: format is {data.get('format')!r}, not {FORMAT!r}"
+            )
+        body = {key: value for key, value in data.items() if key != "format"}
+        try:
+            return cls(
+                budget=ResolvedBudget.from_dict(body.pop("budget")),
+                predicted=Footprint(**body.pop("predicted")),
+                measured=Footprint(**body.pop("measured")),
+                baseline=Footprint(**body.pop("baseline")),
+                moved=Moved(**body.pop("moved")),
+                placements=tuple(PlacementRow(**row) for row in body.pop("placements")),
+                notes=tuple(body.pop("notes")),
+                **body,
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(f"not a memopt report: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunReport:
+        """Read what `save` wrote; ConfigError when it is something else."""
+        try:
+            data = json.loads(Path(path).read_text())
+        except ValueError as error:  # no JSON, or no text at all
+            raise ConfigError(f"{path} is not a memopt report: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path} is not a memopt report: it holds a {type(data).__name__}")
+        return cls.from_dict(data)
