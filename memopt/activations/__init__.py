@@ -1,0 +1,1 @@
+"""Activations: regions, the two dispatch modes, and where op outputs wait for backward."""

@@ -1,0 +1,114 @@
+"""Accounted memory: the bytes of live tensor storages, op by op.
+
+On a CPU there is no allocator to ask, and the resident set lags behind what PyTorch frees. A
+dispatch mode sees every op, so it sees every storage being born, and a weak reference tells when
+it dies. The figure is exact for what tensors hold; scratch space inside an op is not a tensor
+and not counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memopt.types.errors import BudgetError
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class AccountedMemory(TorchDispatchMode):
+    """Count the bytes of tensor storages while active, in the thread that entered it.
+
+    Args:
+        limit_bytes: raise BudgetError when an op brings `current_bytes` above it.
+        on_sample: called with `current_bytes` after each op that allocated.
+    """
+
+    def __init__(
+        self, *, limit_bytes: int | None = None, on_sample: Callable[[int], None] | None = None
+    ) -> None:
+        super().__init__()
+        self.limit_bytes = limit_bytes
+        self.on_sample = on_sample
+        self.current_bytes = 0
+        self.peak_bytes = 0
+        self._live: dict[int, Any] = {}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled code run under the mode."""
+        return True
+
+    supports_higher_order_operators = True
+
+    def reset_peak(self) -> None:
+        """Start a new peak from the current level."""
+        self.peak_bytes = self.current_bytes
+
+    def track(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor that was born outside the mode."""
+        if type(tensor) not in _PLAIN:
+            if hasattr(tensor, "__tensor_flatten__"):
+                for name in tensor.__tensor_flatten__()[0]:
+                    self.track(getattr(tensor, name))
+                return
+            if not isinstance(tensor, torch.nn.Parameter):
+                return
+        if tensor.layout is not torch.strided or tensor.device.type == "meta":
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        nbytes = storage.nbytes()
+        if nbytes == 0:
+            return
+
+        def died(_: Any, live: dict[int, Any] = self._live, key: int = key) -> None:
+            live.pop(key, None)
+            self.current_bytes -= nbytes
+
+        self._live[key] = weakref.ref(storage, died)
+        self.current_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the op and count what it allocated."""
+        out = func(*args, **(kwargs or {}))
+        before = self.current_bytes
+        if isinstance(out, Tensor):
+            self.track(out)
+        elif isinstance(out, (tuple, list)):
+            for item in out:
+                if isinstance(item, Tensor):
+                    self.track(item)
+        if self.current_bytes > before:
+            self._after_growth(func)
+        return out
+
+    def _after_growth(self, func: Any) -> None:
+        if self.on_sample is not None:
+            self.on_sample(self.current_bytes)
+        if self.limit_bytes is not None and self.current_bytes > self.limit_bytes:
+            current, self.limit_bytes, limit = self.current_bytes, None, self.limit_bytes
+            raise BudgetError(
+                f"{func} brings the live tensors to {current:,} bytes, above the device budget of "
+                f"{limit:,} bytes; raise the budget"
+            )
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        """Stop counting; live storages keep updating `current_bytes` as they die."""
+        super().__exit__(exc_type, exc_val, exc_tb)
