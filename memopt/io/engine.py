@@ -1,0 +1,330 @@
+"""The storage engine protocol: batches of reads and writes go in, tickets come out, every error surfaces once.
+
+Two engines implement it: ``io_uring`` (:mod:`memopt.io.uring`, native) and ``threads`` (:mod:`memopt.io.threads`, pure
+Python system calls). One conformance suite holds both to the same promises:
+
+* every completion is checked, a short transfer is resumed, and a failure is an :class:`OSError` with errno, path and
+  offset, raised where the ticket is waited for; a failure that nobody waited for is raised by :meth:`Engine.drain` and
+  :meth:`Engine.close`, so none is lost;
+* buffers stay alive until the last byte moved, whatever the caller drops;
+* a batch may be larger than the queue; submission never waits for the disk;
+* all methods may be called from any thread; a forked child may only close the engine it inherited.
+
+DeepSpeed's ``aio_handle`` does not look at the result of a completion, so a full disk reads as success (DeepSpeed
+0.19.8, ``csrc/aio``); the promises above are the difference.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+from memopt.io.buffers import BouncePool, Buffer
+from memopt.io.files import IoFile
+from memopt.io.pieces import Piece, Transfer, plan_batch, release_bounces
+from memopt.types.errors import IoEngineUnavailable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Engine", "EngineName", "EngineStats", "Ticket", "open_engine"]
+
+EngineName = Literal["auto", "io_uring", "threads"]
+DEFAULT_QUEUE_DEPTH = 32
+MAX_UNIT_BYTES = 65536
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """Totals since the engine was opened; bytes of finished batches only."""
+
+    num_tickets: int
+    num_in_flight: int
+    num_failed: int
+    read_bytes: int
+    written_bytes: int
+    buffered_bytes: int
+    """Bytes that went through the page cache because they could not be aligned."""
+
+
+class Ticket(ABC):
+    """A batch in flight. It keeps the buffers of its transfers alive until the last of them is finished."""
+
+    def __init__(self, engine: Engine, pieces: list[Piece]) -> None:
+        self.pieces = pieces
+        self.nbytes = sum(piece.payload_bytes for piece in pieces)
+        self.error: OSError | None = None
+        self.claimed = False
+        self._engine = engine
+
+    @abstractmethod
+    def _finished(self, timeout_s: float | None) -> bool:
+        """Wait up to ``timeout_s`` (None: for ever, 0: not at all) for the end of every piece; sets ``error``."""
+
+    def done(self) -> bool:
+        """Return whether the batch is finished, successfully or not. Never blocks, never raises a transfer's error."""
+        finished = self._finished(0.0)
+        if finished:
+            self._engine._settle(self)
+        return finished
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Block until the batch is finished.
+
+        Raises:
+            OSError: the first failure of the batch, with errno, path and offset; raised again on every call.
+            TimeoutError: ``timeout_s`` passed first; the batch goes on and can be waited for again.
+        """
+        if not self._finished(timeout_s):
+            raise TimeoutError(
+                f"{self._engine.name}: a batch of {self.nbytes} bytes is not finished after {timeout_s} s"
+            )
+        self._engine._settle(self)
+        self.claimed = True
+        if self.error is not None:
+            raise self.error
+
+
+class Engine(ABC):
+    """Base of the engines: checks, cuts transfers into pieces, keeps the books. See the module for the promises."""
+
+    name: str
+
+    def __init__(self, *, queue_depth: int, reason: str = "") -> None:
+        if queue_depth < 1 or queue_depth > 4096:
+            raise ValueError(
+                f"queue_depth={queue_depth} is outside 1..4096; 32 suits most NVMe drives"
+            )
+        self.queue_depth = queue_depth
+        self.reason = reason
+        """Why ``auto`` chose this engine instead of io_uring; empty when the engine is what was asked for."""
+        self.bounces = BouncePool(MAX_UNIT_BYTES, blocks_per_slab=16)
+        self._pid = os.getpid()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._in_flight: set[Ticket] = set()
+        self._failed: list[Ticket] = []
+        self._totals = {"tickets": 0, "failed": 0, "read": 0, "write": 0, "buffered": 0}
+
+    @abstractmethod
+    def _start(self, pieces: list[Piece]) -> Ticket:
+        """Queue ``pieces`` (maybe none) and return their ticket; must not block on the disk."""
+
+    @abstractmethod
+    def _shut_down(self) -> None:
+        """Release threads and rings; nothing is in flight. In a forked child: what is safe there."""
+
+    def submit(self, transfers: Sequence[Transfer]) -> Ticket:
+        """Start a batch. The transfers of a batch, and of batches in flight, are not ordered against each other.
+
+        Raises:
+            ValueError: a transfer that cannot be (read-only target, negative offset, closed file, closed engine).
+            IoEngineUnavailable: the engine was opened in another process (before a fork).
+        """
+        self._check_usable()
+        pieces = plan_batch(transfers, self.bounces)
+        try:
+            ticket = self._start(pieces)
+        except BaseException:
+            release_bounces(pieces, self.bounces)
+            raise
+        with self._lock:
+            self._totals["tickets"] += 1
+            self._in_flight.add(ticket)
+        self._reap()
+        return ticket
+
+    def read(self, file: IoFile, offset: int, buffer: Buffer, *, padded: bool = False) -> Ticket:
+        """Start filling ``buffer`` with the bytes of ``file`` from ``offset`` on."""
+        return self.submit(
+            [Transfer(kind="read", file=file, offset=offset, buffer=buffer, padded=padded)]
+        )
+
+    def write(self, file: IoFile, offset: int, buffer: Buffer, *, padded: bool = False) -> Ticket:
+        """Start writing ``buffer`` to ``file`` at ``offset``."""
+        return self.submit(
+            [Transfer(kind="write", file=file, offset=offset, buffer=buffer, padded=padded)]
+        )
+
+    def wait(self, ticket: Ticket, timeout_s: float | None = None) -> None:
+        """Same as ``ticket.wait(timeout_s)``."""
+        ticket.wait(timeout_s)
+
+    def poll(self, ticket: Ticket) -> bool:
+        """Same as ``ticket.done()``."""
+        return ticket.done()
+
+    def register_buffers(self, buffers: Sequence[Buffer]) -> str:
+        """Map long-lived buffers once for all transfers; return why that had no effect, or ""."""
+        del buffers
+        return f"the {self.name} engine has no registered buffers"
+
+    def unregister_buffers(self) -> None:  # noqa: B027 - engines without registration have nothing to undo
+        """Forget the buffers registered before; call it before their memory is freed."""
+
+    def detach(self, file: IoFile) -> None:  # noqa: B027 - engines without registration have nothing to undo
+        """Forget ``file``; call it before the file is closed, when no transfer on it is in flight."""
+
+    def drain(self) -> None:
+        """Wait for everything in flight and raise the first failure that nobody has waited for."""
+        self._check_usable()
+        for ticket in self._snapshot():
+            ticket._finished(None)
+            self._settle(ticket)
+        self._raise_unclaimed()
+
+    def stats(self) -> EngineStats:
+        """Return the totals so far."""
+        self._reap()
+        with self._lock:
+            totals = dict(self._totals)
+            num_in_flight = len(self._in_flight)
+        return EngineStats(
+            num_tickets=totals["tickets"],
+            num_in_flight=num_in_flight,
+            num_failed=totals["failed"],
+            read_bytes=totals["read"],
+            written_bytes=totals["write"],
+            buffered_bytes=totals["buffered"],
+        )
+
+    def close(self) -> None:
+        """Finish what is in flight, release everything, then raise the first failure that nobody has waited for.
+
+        In a forked child it releases the child's copies and leaves the parent's transfers alone. Safe to call twice.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if os.getpid() == self._pid:
+            for ticket in self._snapshot():
+                ticket._finished(None)
+                self._settle(ticket)
+        self._shut_down()
+        if os.getpid() == self._pid:
+            self._raise_unclaimed()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except OSError:
+            if error is None:
+                raise
+            _log.warning(
+                "an I/O error was not waited for, and another exception is being raised",
+                exc_info=True,
+            )
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ValueError(f"the {self.name} engine is closed")
+        if os.getpid() != self._pid:
+            msg = (
+                f"the {self.name} engine was opened in process {self._pid} and this is {os.getpid()}: "
+                "a forked child has no workers and must open its own engine"
+            )
+            raise IoEngineUnavailable(msg)
+
+    def _snapshot(self) -> list[Ticket]:
+        with self._lock:
+            return list(self._in_flight)
+
+    def _reap(self) -> None:
+        """Settle finished tickets that their owners dropped, so that their buffers are freed."""
+        for ticket in self._snapshot():
+            if ticket._finished(0.0):
+                self._settle(ticket)
+
+    def _settle(self, ticket: Ticket) -> None:
+        """Enter a finished ticket in the books and let go of its buffers; only the first call does anything."""
+        with self._lock:
+            if ticket not in self._in_flight:
+                return
+            self._in_flight.discard(ticket)
+            if ticket.error is not None:
+                self._totals["failed"] += 1
+                self._failed.append(ticket)
+            else:
+                self._count(ticket)
+            pieces, ticket.pieces = ticket.pieces, []
+        release_bounces(pieces, self.bounces)
+
+    def _count(self, ticket: Ticket) -> None:
+        for piece in ticket.pieces:
+            self._totals[piece.kind] += piece.payload_bytes
+            if not piece.direct:
+                self._totals["buffered"] += piece.payload_bytes
+
+    def _raise_unclaimed(self) -> None:
+        with self._lock:
+            unclaimed = [ticket for ticket in self._failed if not ticket.claimed]
+            self._failed = []
+        if unclaimed:
+            unclaimed[0].claimed = True
+            assert unclaimed[0].error is not None
+            raise unclaimed[0].error
+
+
+def open_engine(
+    engine: EngineName = "auto",
+    *,
+    queue_depth: int = DEFAULT_QUEUE_DEPTH,
+    directory: str | os.PathLike[str] | None = None,
+) -> Engine:
+    """Open a storage engine.
+
+    Args:
+        engine: ``"io_uring"`` and ``"threads"`` are taken literally; ``"auto"`` tries io_uring with real I/O and falls
+            back to threads, saying why in :attr:`Engine.reason` and in the log.
+        queue_depth: transfers of one block that the engine keeps in the kernel at a time, 1 to 4096.
+        directory: where the probe writes and reads one block; an anonymous memory file when omitted.
+
+    Raises:
+        ValueError: unknown name or queue depth.
+        IoEngineUnavailable: the engine named explicitly cannot run here.
+    """
+    from memopt.io.threads import ThreadsEngine
+
+    if engine == "threads":
+        return ThreadsEngine(queue_depth=queue_depth)
+    if engine not in ("auto", "io_uring"):
+        raise ValueError(f'engine={engine!r} is unknown; choose "auto", "io_uring" or "threads"')
+    try:
+        return _open_uring(queue_depth, directory)
+    except IoEngineUnavailable as error:
+        if engine == "io_uring":
+            raise
+        reason = str(error)
+    _log.info("using the threads engine: %s", reason)
+    return ThreadsEngine(queue_depth=queue_depth, reason=reason)
+
+
+def _open_uring(queue_depth: int, directory: str | os.PathLike[str] | None) -> Engine:
+    try:
+        from memopt.io.uring import UringEngine
+    except ImportError as error:
+        raise IoEngineUnavailable(
+            f"io_uring: the native part of memopt is missing ({error})"
+        ) from error
+    return UringEngine.open(queue_depth=queue_depth, directory=directory)
+
+
+def monotonic_deadline(timeout_s: float | None) -> float | None:
+    """Return the time at which a wait of ``timeout_s`` ends, or None for no end."""
+    return None if timeout_s is None else time.monotonic() + timeout_s

@@ -1,0 +1,413 @@
+"""Extents: aligned runs of bytes in one pre-allocated, nameless file per directory.
+
+An extent is where one spilled tensor lives. Its space is reserved on the disk (``fallocate``) before ``alloc`` returns,
+so a full disk is refused while the data is still in memory, never in the middle of a write. The file grows in steps up
+to the directory's budget and is reused from step to step. With several directories, large extents are striped over all
+of them (one contiguous run each, so both the transfers and the disks stay sequential) and small ones go round robin.
+A budget is never lost to fragmentation: an extent that finds no hole of its size is made of several.
+
+Limits: file systems that copy on write (btrfs, zfs) do not honour the reservation; there a full disk still surfaces as
+an error of the write, and the data is still in the caller's buffer.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from memopt.io.areas import Area, ExtentStoreFull, open_area
+from memopt.io.buffers import Buffer, BufferView, view_of
+from memopt.io.engine import Engine, EngineName, Ticket, open_engine
+from memopt.io.files import IoFile
+from memopt.io.pieces import Kind, Transfer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Extent", "ExtentStats", "ExtentStore", "ExtentStoreFull"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtentStats:
+    """Bytes of all directories. ``reserved`` is on disk, ``in_use`` belongs to extents (rounded up to units)."""
+
+    budget_bytes: int
+    reserved_bytes: int
+    in_use_bytes: int
+    asked_bytes: int
+    peak_bytes: int
+    written_bytes: int
+    read_bytes: int
+    num_extents: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """``nbytes`` (a multiple of the unit) at ``offset`` of file number ``area_index``."""
+
+    area_index: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A transfer in flight on the units ``[begin, end)`` of an extent."""
+
+    kind: Kind
+    begin: int
+    end: int
+    ticket: Ticket
+
+
+@dataclass(kw_only=True, eq=False)
+class Extent:
+    """Space for ``nbytes`` bytes; ``written_bytes`` of them, from the start, can be read back."""
+
+    nbytes: int
+    runs: tuple[_Run, ...]
+    written_bytes: int = 0
+    freed: bool = False
+    failure: OSError | None = None
+    pending: list[_Pending] = field(default_factory=list)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes taken from the budget: ``nbytes`` rounded up to the file's unit."""
+        return sum(run.nbytes for run in self.runs)
+
+
+class ExtentStore:
+    """Extents in one or several directories, moved by one engine. Thread-safe.
+
+    Args:
+        directories: pairs of a directory and the bytes it may hold.
+        engine: an engine to share (the caller closes it), or the name of one to open (closed with the store).
+        growth_bytes: the files grow in steps of this size.
+        stripe_bytes: extents of at least this many bytes per directory are striped.
+        direct: use O_DIRECT where it works.
+
+    Raises:
+        ValueError: no directory, or a budget below one unit.
+        OSError: a directory is missing, not writable or read-only (errno and path).
+    """
+
+    def __init__(
+        self,
+        directories: Sequence[tuple[str | os.PathLike[str], int]],
+        engine: Engine | EngineName = "auto",
+        *,
+        growth_bytes: int = 256 << 20,
+        stripe_bytes: int = 1 << 20,
+        direct: bool = True,
+    ) -> None:
+        if not directories:
+            raise ValueError("directories is empty; name at least one (path, size_bytes)")
+        self._lock = threading.RLock()
+        self._areas: list[Area] = []
+        self._next_area = 0
+        self._stripe_bytes = stripe_bytes
+        self._live: set[Extent] = set()
+        self._leaving: list[Extent] = []
+        self._peak_bytes = self._written_bytes = self._read_bytes = 0
+        self._closed = False
+        self._owns_engine = isinstance(engine, str)
+        self.engine: Engine = (
+            open_engine(engine, directory=directories[0][0]) if isinstance(engine, str) else engine
+        )
+        try:
+            for path, size_bytes in directories:
+                self._areas.append(open_area(path, size_bytes, direct=direct))
+        except BaseException:
+            self.close()
+            raise
+        self.unit_bytes = max(area.file.unit_bytes for area in self._areas)
+        """Every extent's space is a multiple of this."""
+        for area in self._areas:
+            area.budget_bytes = area.budget_bytes // self.unit_bytes * self.unit_bytes
+        self._growth_bytes = -(-growth_bytes // self.unit_bytes) * self.unit_bytes
+
+    @property
+    def files(self) -> tuple[IoFile, ...]:
+        """The open files, one per directory, in the order given."""
+        return tuple(area.file for area in self._areas)
+
+    def alloc(self, nbytes: int) -> Extent:
+        """Return space for ``nbytes`` bytes, reserved on disk.
+
+        Raises:
+            ValueError: ``nbytes`` is negative, or the store is closed.
+            ExtentStoreFull: the budget is used up, or the disk is; nothing was changed.
+        """
+        if nbytes < 0:
+            raise ValueError(f"nbytes={nbytes} is negative")
+        with self._lock:
+            self._check_open()
+            need = -(-nbytes // self.unit_bytes) * self.unit_bytes
+            self._collect(need)
+            available = self._available_bytes()
+            if need > available:
+                raise self._full(nbytes, available)
+            extent = Extent(nbytes=nbytes, runs=tuple(self._take(need)))
+            self._live.add(extent)
+            self._peak_bytes = max(self._peak_bytes, self._in_use_bytes())
+            return extent
+
+    def free(self, extent: Extent) -> None:
+        """Give the space back. It is reused only after the extent's transfers in flight have finished."""
+        with self._lock:
+            if extent.freed or extent not in self._live:
+                if self._closed:
+                    return
+                raise ValueError("this extent was freed before, or belongs to another store")
+            extent.freed = True
+            self._live.discard(extent)
+            self._leaving.append(extent)
+            self._collect(0)
+
+    def write(self, extent: Extent, buffer: Buffer, *, offset: int = 0) -> Ticket:
+        """Start writing ``buffer`` to ``extent`` from byte ``offset`` on; see :meth:`write_batch`."""
+        return self._submit("write", [(extent, buffer, offset)])
+
+    def read(self, extent: Extent, buffer: Buffer, *, offset: int = 0) -> Ticket:
+        """Start filling ``buffer`` from byte ``offset`` of ``extent``; see :meth:`read_batch`."""
+        return self._submit("read", [(extent, buffer, offset)])
+
+    def write_batch(self, items: Sequence[tuple[Extent, Buffer]]) -> Ticket:
+        """Start writing several buffers, each to its extent, with one submission.
+
+        Waits for transfers in flight on these extents first. A write may start anywhere up to ``written_bytes``; one
+        that starts inside a unit or ends inside one before the extent's end goes through the page cache.
+
+        Raises:
+            ValueError: a buffer larger than its extent, or a freed extent.
+            OSError: an earlier transfer of one of the extents failed.
+        """
+        return self._submit("write", [(extent, buffer, 0) for extent, buffer in items])
+
+    def read_batch(self, items: Sequence[tuple[Extent, Buffer]]) -> Ticket:
+        """Start filling several buffers, each from its extent; waits for writes in flight on them first.
+
+        Raises:
+            ValueError: more bytes asked than were written, a read-only buffer, or a freed extent.
+            OSError: the extent's last write failed (its data is not on the disk).
+        """
+        return self._submit("read", [(extent, buffer, 0) for extent, buffer in items])
+
+    def wait(self, ticket: Ticket, timeout_s: float | None = None) -> None:
+        """Same as ``ticket.wait(timeout_s)``."""
+        ticket.wait(timeout_s)
+
+    def stats(self) -> ExtentStats:
+        """Return the bytes in use and moved so far."""
+        with self._lock:
+            self._collect(0)
+            return ExtentStats(
+                budget_bytes=sum(area.budget_bytes for area in self._areas),
+                reserved_bytes=sum(area.reserved_bytes for area in self._areas),
+                in_use_bytes=self._in_use_bytes(),
+                asked_bytes=sum(extent.nbytes for extent in self._live),
+                peak_bytes=self._peak_bytes,
+                written_bytes=self._written_bytes,
+                read_bytes=self._read_bytes,
+                num_extents=len(self._live),
+            )
+
+    def close(self) -> None:
+        """Wait for transfers in flight, then close every file (the disk space returns) and the store's own engine.
+
+        Raises:
+            OSError: a transfer failed and nobody waited for it; raised after everything was released.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            tickets = [p.ticket for extent in (*self._live, *self._leaving) for p in extent.pending]
+            self._live.clear()
+            self._leaving.clear()
+        first: OSError | None = None
+        for ticket in tickets:
+            claimed = ticket.claimed
+            try:
+                ticket.wait()
+            except OSError as error:
+                first = first or (None if claimed else error)
+        for area in self._areas:
+            self.engine.detach(area.file)
+            area.file.close()
+        if self._owns_engine:
+            self.engine.close()
+        if first is not None:
+            raise first
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _submit(self, kind: Kind, items: Sequence[tuple[Extent, Buffer, int]]) -> Ticket:
+        views = [view_of(buffer, writable=kind == "read") for _, buffer, _ in items]
+        for (extent, _, offset), view in zip(items, views, strict=True):
+            self._check_range(kind, extent, offset, view.nbytes)
+            self._wait_for_conflicts(kind, extent, offset, offset + view.nbytes)
+        transfers = [
+            transfer
+            for (extent, _, offset), view in zip(items, views, strict=True)
+            for transfer in self._transfers(kind, extent, offset, view)
+        ]
+        ticket = self.engine.submit(transfers)
+        with self._lock:
+            for (extent, _, offset), view in zip(items, views, strict=True):
+                self._enter(kind, extent, offset, view.nbytes, ticket)
+        return ticket
+
+    def _check_range(self, kind: Kind, extent: Extent, offset: int, nbytes: int) -> None:
+        self._check_open()
+        if extent.freed or extent not in self._live:
+            raise ValueError("this extent was freed, or belongs to another store")
+        end = offset + nbytes
+        if offset < 0 or end > extent.nbytes:
+            raise ValueError(
+                f"bytes [{offset}, {end}) are outside an extent of {extent.nbytes} bytes"
+            )
+        if kind == "read" and end > extent.written_bytes and nbytes:
+            raise ValueError(
+                f"bytes [{offset}, {end}) asked of an extent of which {extent.written_bytes} were written"
+            )
+        if kind == "write" and offset > extent.written_bytes:
+            raise ValueError(
+                f"a write at {offset} would leave a hole after the {extent.written_bytes} bytes written"
+            )
+
+    def _wait_for_conflicts(self, kind: Kind, extent: Extent, begin: int, end: int) -> None:
+        """Wait for transfers in flight on the same units, and raise what became of the data that is needed."""
+        unit = self.unit_bytes
+        begin, end = begin // unit * unit, -(-end // unit) * unit
+        with self._lock:
+            conflicts = [
+                p
+                for p in extent.pending
+                if "write" in (kind, p.kind) and p.begin < end and begin < p.end
+            ]
+        for conflict in conflicts:
+            conflict.ticket.wait()
+        with self._lock:
+            self._prune(extent)
+        if extent.failure is not None and (kind == "read" or begin > 0):
+            raise extent.failure
+
+    def _transfers(
+        self, kind: Kind, extent: Extent, offset: int, view: BufferView
+    ) -> list[Transfer]:
+        """Map the bytes ``[offset, offset + view.nbytes)`` of the extent to its runs."""
+        end = offset + view.nbytes
+        padded = (
+            kind == "read" or end >= extent.written_bytes
+        )  # what lies behind holds no data of the extent
+        transfers = []
+        run_begin = 0
+        for run in extent.runs:
+            begin, stop = max(offset, run_begin), min(end, run_begin + run.nbytes)
+            if begin < stop:
+                part = view.part(begin - offset, stop - offset)
+                transfers.append(
+                    Transfer(
+                        kind=kind,
+                        file=self._areas[run.area_index].file,
+                        offset=run.offset + begin - run_begin,
+                        buffer=part,
+                        padded=padded,
+                    )
+                )
+            run_begin += run.nbytes
+        return transfers
+
+    def _enter(self, kind: Kind, extent: Extent, offset: int, nbytes: int, ticket: Ticket) -> None:
+        unit = self.unit_bytes
+        extent.pending.append(
+            _Pending(kind, offset // unit * unit, -(-(offset + nbytes) // unit) * unit, ticket)
+        )
+        if kind == "read":
+            self._read_bytes += nbytes
+            return
+        self._written_bytes += nbytes
+        if offset == 0:
+            extent.failure = None
+            extent.written_bytes = nbytes
+        extent.written_bytes = max(extent.written_bytes, offset + nbytes)
+
+    def _prune(self, extent: Extent) -> None:
+        """Forget finished transfers; remember that a write failed, since its bytes must not be read back."""
+        for pending in extent.pending:
+            if (
+                pending.ticket.done()
+                and pending.kind == "write"
+                and pending.ticket.error is not None
+            ):
+                extent.failure = pending.ticket.error
+        extent.pending = [p for p in extent.pending if not p.ticket.done()]
+
+    def _collect(self, need: int) -> None:
+        """Reuse the space of freed extents whose transfers are over; wait for them when ``need`` asks for it."""
+        for extent in list(self._leaving):
+            self._prune(extent)
+            if extent.pending and need > self._available_bytes():
+                for pending in extent.pending:
+                    pending.ticket._finished(None)
+                self._prune(extent)
+            if not extent.pending:
+                self._leaving.remove(extent)
+                for run in extent.runs:
+                    self._areas[run.area_index].free.add(run.offset, run.nbytes)
+
+    def _take(self, need: int) -> list[_Run]:
+        """Take ``need`` bytes: striped over all areas when large, else from the next area that has them."""
+        num = len(self._areas)
+        striped = need >= self._stripe_bytes * num
+        share = -(-need // (num * self.unit_bytes)) * self.unit_bytes if striped else need
+        order = [(self._next_area + i) % num for i in range(num)]
+        order.sort(key=lambda i: self._areas[i].available_bytes < share)
+        self._next_area = (self._next_area + 1) % num
+        runs: list[_Run] = []
+        refused: dict[int, ExtentStoreFull] = {}
+        for limit in (share, need):
+            for index in order:
+                left = need - sum(run.nbytes for run in runs)
+                want = min(left, limit, self._areas[index].available_bytes)
+                if want == 0 or index in refused:
+                    continue
+                try:
+                    holes = self._areas[index].take(want, self._growth_bytes)
+                except ExtentStoreFull as error:
+                    refused[index] = error
+                    continue
+                runs.extend(_Run(index, start, nbytes) for start, nbytes in holes)
+        if sum(run.nbytes for run in runs) < need:
+            for run in runs:
+                self._areas[run.area_index].free.add(run.offset, run.nbytes)
+            raise next(iter(refused.values()))
+        return runs
+
+    def _available_bytes(self) -> int:
+        return sum(area.available_bytes for area in self._areas)
+
+    def _in_use_bytes(self) -> int:
+        return sum(area.reserved_bytes - area.free.free_bytes for area in self._areas)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the extent store is closed")
+
+    def _full(self, nbytes: int, available: int) -> ExtentStoreFull:
+        budget = ", ".join(f"{area.file.path}: {area.budget_bytes}" for area in self._areas)
+        text = (
+            f"the ssd budget is used up: {nbytes} bytes asked, {available} of "
+            f"{sum(area.budget_bytes for area in self._areas)} left ({budget}); raise the ssd budget"
+        )
+        return ExtentStoreFull(errno.ENOSPC, text, self._areas[0].file.path)
