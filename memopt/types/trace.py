@@ -52,6 +52,7 @@ class RegionTrace:
         forward_peak_bytes: device bytes above the level at the region's start, forward.
         backward_peak_bytes: device bytes above the level at the start of its recompute, until
             the region's backward ended.
+        grad_nbytes: bytes of the gradients that this region's backward completes.
         has_unseen_writer: a kernel that PyTorch's dispatcher does not see wrote to a tensor.
     """
 
@@ -66,6 +67,7 @@ class RegionTrace:
     backward_s: float
     forward_peak_bytes: int
     backward_peak_bytes: int
+    grad_nbytes: int = 0
     has_unseen_writer: bool = False
 
 
