@@ -1,0 +1,107 @@
+"""The two context managers that `torch.utils.checkpoint` enters around a region.
+
+PyTorch's checkpoint keeps what is hard (autocast, early stop, nesting, graph tasks); these add
+what it leaves out: the dispatch modes, the generators of every device, the pre-images of what the
+region wrote outside itself, and the region's inputs coming back. Nothing here is thread-local:
+CUDA runs backward in autograd's own thread.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+
+from memopt.activations.frame import Frame, InputSlot, RngState, swap_in, swap_out
+from memopt.activations.modes import ForwardMode, RecomputeMode
+
+
+class Host(Protocol):
+    """What the contexts need of the engine."""
+
+    device: torch.device
+
+    def forward_mode(self, frame: Frame) -> Any:
+        """Return the mode that places this call's outputs."""
+
+    def forward_ended(self, frame: Frame, mode: Any) -> None:
+        """Called when the region's forward has returned or raised."""
+
+    def recompute_begins(self, frame: Frame) -> None:
+        """Called before a region is recomputed: fetch ahead."""
+
+    def recompute_ended(self, frame: Frame) -> None:
+        """Called when the recomputation is complete."""
+
+
+class ForwardContext:
+    """Entered once, around the region's forward."""
+
+    def __init__(self, frame: Frame, host: Host) -> None:
+        self._frame = frame
+        self._host = host
+        self._mode: Any = None
+
+    def __enter__(self) -> None:
+        """Push the forward mode."""
+        self._mode = self._host.forward_mode(self._frame)
+        self._mode.__enter__()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Pop it."""
+        mode, self._mode = self._mode, None
+        mode.__exit__(exc_type, exc, traceback)
+        self._host.forward_ended(self._frame, mode)
+
+
+class RecomputeContext:
+    """Entered once per recomputation: twice with `retain_graph`, and then anew each time."""
+
+    def __init__(self, frame: Frame, host: Host) -> None:
+        self._frame = frame
+        self._host = host
+        self._entries: list[tuple[RecomputeMode, RngState]] = []
+
+    def __enter__(self) -> None:
+        """Bring the region's world back to what it was at its forward."""
+        frame = self._frame
+        frame.check_parameters()
+        keep = _keeps_graph()
+        self._host.recompute_begins(frame)
+        frame.landed.append(
+            [
+                slot.land(frame.name, keep=keep) if isinstance(slot, InputSlot) else slot
+                for slot in frame.inputs
+            ]
+        )
+        outer = RngState.capture(self._host.device)
+        frame.rng.restore()
+        swap_in(frame.pre_images)
+        mode = RecomputeMode(frame, keep=keep)
+        self._entries.append((mode, outer))
+        mode.__enter__()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leave the program's world as it was."""
+        mode, outer = self._entries.pop()
+        mode.__exit__(exc_type, exc, traceback)
+        self._frame.landed.pop()
+        swap_out(self._frame.pre_images)
+        outer.restore()
+        self._host.recompute_ended(self._frame)
+
+
+def _keeps_graph() -> bool:
+    """Whether this backward may be followed by another through the same graph."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())  # type: ignore[attr-defined]

@@ -1,0 +1,258 @@
+"""Transfers of a CUDA device: a stream out, a stream in, a bounded window, landing buffers.
+
+Ordering, the field's worst bug, in four rules:
+1. Out: the copy stream waits for the compute stream at the point of `store`. The source stays
+   referenced until the compute stream has waited for the copy, or the copy is seen finished; so
+   the caching allocator (which is ordered by the compute stream) never hands its memory to a
+   kernel that runs before the copy has read it. No `record_stream`.
+2. In: landing buffers are allocated while the compute stream is current, and the copy stream
+   waits for that point: whatever used this memory before has finished by then.
+3. A landing is a value, `Landing(tensor, event)`. Whoever takes it makes the compute stream wait;
+   one that is dropped without being taken makes the compute stream wait first.
+4. A host block returns to the pool with the event of the copy that last touched it.
+Streams are looked up when used, never cached across devices.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.activations.spill import SpillArea
+from memopt.activations.stored import Label, Stored
+from memopt.activations.tensors import flat_elements, nbytes_of, shared_alias
+from memopt.activations.transfers import Moved
+from memopt.memory.buffers import HostBuffer, HostBuffers
+from memopt.types.errors import SavedOutputChangedError
+from memopt.types.plan import Placement
+
+
+class Landing:
+    """A tensor on its way to the device: `(tensor, event)`; dropping it frees the memory."""
+
+    __slots__ = ("_stream", "event", "tensor")
+
+    def __init__(self, tensor: Tensor, event: Any, stream: Any) -> None:
+        self.tensor: Tensor | None = tensor
+        self.event = event
+        self._stream = stream
+
+    def take(self) -> Tensor:
+        """Make the current stream wait for the copy and return the tensor."""
+        tensor = self.tensor
+        assert tensor is not None, "a landing is taken once"
+        self.tensor = None
+        torch.cuda.current_stream(tensor.device).wait_event(self.event)
+        return tensor
+
+    def __del__(self) -> None:
+        """Keep the memory from being reused before the copy into it has ended."""
+        if self.tensor is not None:
+            self._stream.wait_event(self.event)
+
+
+class Outgoing:
+    """A copy out that may still read its source."""
+
+    __slots__ = ("done", "label", "nbytes", "source", "version")
+
+    def __init__(self, source: Tensor, done: Any, label: Label) -> None:
+        self.source: Any = source
+        self.version: int | None = source._version
+        self.done = done
+        self.nbytes = nbytes_of(source)
+        self.label = label
+
+
+class CudaTransfers:
+    """Transfers of one CUDA device.
+
+    Args:
+        device: the device.
+        host: page-locked blocks; their cap is the host budget.
+        spill: SSD area, or None.
+        window_bytes: at most this much source memory is held by copies out.
+    """
+
+    def __init__(
+        self, device: torch.device, host: HostBuffers, spill: SpillArea | None, window_bytes: int
+    ) -> None:
+        self.device = device
+        self.host = host
+        self.moved = Moved()
+        self.window_bytes = window_bytes
+        self.spill = spill
+        self.out_stream = torch.cuda.Stream(device)
+        self.in_stream = torch.cuda.Stream(device)
+        self._outgoing: deque[Outgoing] = deque()
+        self._outgoing_bytes = 0
+        self._waits: deque[tuple[Any, Any]] = deque()
+
+    def store(
+        self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool
+    ) -> Stored | None:
+        """Start the copy out; see the protocol."""
+        if placement == "ssd":
+            from memopt.activations.cuda_spill import CudaSpillStored
+
+            stored: Stored | None = CudaSpillStored.begin(tensor, self, label, clone=clone_first)
+        else:
+            buffer = self.host.take(nbytes_of(tensor))
+            stored = None
+            if buffer is not None:
+                source = tensor.clone() if clone_first else shared_alias(tensor)
+                stored = HostStored(source, buffer, self.copy_out(source, buffer, label), self)
+        if stored is None:
+            self.moved.num_refused += 1
+        return stored
+
+    def copy_out(self, source: Tensor, buffer: HostBuffer, label: Label) -> Outgoing:
+        """Copy `source` into `buffer` on the outgoing stream, inside the window."""
+        nbytes = nbytes_of(source)
+        while self._outgoing and self._outgoing_bytes + nbytes > self.window_bytes:
+            self._retire(self._outgoing.popleft())
+        self.out_stream.wait_event(torch.cuda.current_stream(self.device).record_event())
+        with torch.cuda.stream(self.out_stream):
+            host = buffer.tensor(source.dtype, source.numel())
+            host.copy_(flat_elements(source), non_blocking=True)
+            outgoing = Outgoing(source, self.out_stream.record_event(), label)
+        self._outgoing.append(outgoing)
+        self._outgoing_bytes += nbytes
+        self.moved.d2h_bytes += nbytes
+        return outgoing
+
+    def copy_in(self, shape: Any, stride: Any, buffer: HostBuffer, dtype: torch.dtype) -> Landing:
+        """Start a copy to the device into a new tensor."""
+        compute = torch.cuda.current_stream(self.device)
+        tensor = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
+        self.in_stream.wait_event(compute.record_event())
+        with torch.cuda.stream(self.in_stream):
+            flat = flat_elements(tensor)
+            flat.copy_(buffer.tensor(dtype, flat.numel()), non_blocking=True)
+            event = self.in_stream.record_event()
+        self.moved.h2d_bytes += nbytes_of(tensor)
+        return Landing(tensor, event, compute)
+
+    def wait_timed(self, event: Any) -> None:
+        """Make the compute stream wait for `event` and note how long it did."""
+        compute = torch.cuda.current_stream(self.device)
+        if event.query():
+            return
+        before = torch.cuda.Event(enable_timing=True)
+        after = torch.cuda.Event(enable_timing=True)
+        before.record(compute)
+        compute.wait_event(event)
+        after.record(compute)
+        self._waits.append((before, after))
+
+    def protect(self, outgoing: Outgoing) -> None:
+        """The program writes to the source next: the compute stream waits for the copy out."""
+        self.wait_timed(outgoing.done)
+        outgoing.version = None
+
+    def poll(self) -> None:
+        """Drop sources whose copy has ended; add up the waits that are over."""
+        while self._outgoing and self._outgoing[0].done.query():
+            self._drop(self._outgoing.popleft())
+        while self._waits and self._waits[0][1].query():
+            before, after = self._waits.popleft()
+            self.moved.exposed_s += before.elapsed_time(after) / 1e3
+        if self.spill is not None:
+            self.spill.poll()
+
+    def finish(self) -> None:
+        """Wait for every copy and write."""
+        self.out_stream.synchronize()
+        self.in_stream.synchronize()
+        self.poll()
+        if self.spill is not None:
+            self.spill.finish()
+
+    def host_bytes(self) -> tuple[int, int]:
+        """Mapped now and at most, staging included."""
+        now, peak = self.host.mapped_bytes, self.host.peak_mapped_bytes
+        if self.spill is not None:
+            staging = self.spill.staging_bytes()
+            return now + staging[0], peak + staging[1]
+        return now, peak
+
+    def ssd_bytes(self) -> tuple[int, int]:
+        """Extent bytes."""
+        return self.spill.extent_bytes() if self.spill is not None else (0, 0)
+
+    def close(self) -> None:
+        """Wait, then free every block and file."""
+        try:
+            self.finish()
+        finally:
+            self._outgoing.clear()
+            torch.cuda.synchronize(self.device)
+            self.host.close()
+            if self.spill is not None:
+                self.spill.close()
+
+    def _retire(self, outgoing: Outgoing) -> None:
+        self.wait_timed(outgoing.done)
+        self._drop(outgoing)
+
+    def _drop(self, outgoing: Outgoing) -> None:
+        self._outgoing_bytes -= outgoing.nbytes
+        source, outgoing.source = outgoing.source, None
+        if outgoing.version is not None and source._version != outgoing.version:
+            raise SavedOutputChangedError(
+                f"{outgoing.label} was modified in place while it was copied to host memory; "
+                "write to a copy (tensor.clone()), or use plan='recompute'"
+            )
+
+
+class HostStored:
+    """One tensor in page-locked host memory."""
+
+    def __init__(
+        self, source: Tensor, buffer: HostBuffer, outgoing: Outgoing, transfers: CudaTransfers
+    ) -> None:
+        self.nbytes = nbytes_of(source)
+        self._shape = source.shape
+        self._stride = source.stride()
+        self._dtype = source.dtype
+        self._buffer: HostBuffer | None = buffer
+        self._outgoing: Outgoing | None = outgoing
+        self._done = outgoing.done
+        self._transfers = transfers
+        self._landing: Landing | None = None
+
+    def prefetch(self) -> int:
+        """Start the copy in."""
+        if self._landing is None and self._buffer is not None:
+            self._transfers.in_stream.wait_event(self._done)
+            self._landing = self._transfers.copy_in(
+                self._shape, self._stride, self._buffer, self._dtype
+            )
+        return self.nbytes
+
+    def protect(self) -> None:
+        """Order the program's write after the copy out."""
+        if self._outgoing is not None:
+            self._transfers.protect(self._outgoing)
+            self._outgoing = None
+
+    def take(self, *, keep: bool) -> Tensor:
+        """Wait (on the device) for the copy in and return the tensor."""
+        self.prefetch()
+        landing, self._landing = self._landing, None
+        assert landing is not None, "a host copy is taken once unless it is kept"
+        self._transfers.wait_timed(landing.event)
+        tensor = landing.take()
+        if not keep and self._buffer is not None:
+            self._transfers.host.release(self._buffer, landing.event)
+            self._buffer = None
+        return tensor
+
+    def __del__(self) -> None:
+        """Give the block back; a copy may still be writing or reading it."""
+        if self._buffer is not None:
+            event = self._landing.event if self._landing is not None else self._done
+            self._transfers.host.release(self._buffer, event)

@@ -1,0 +1,277 @@
+"""The activation engine: turns region calls into checkpointed frames and runs a plan over them.
+
+It owns no tensor: frames do (frame.py), and the graph owns the frames. What it holds is the plan
+in force, the transfers, and weak references to live frames in the order of their forwards, from
+which it knows what backward will ask for next.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from memopt.activations.contexts import ForwardContext, RecomputeContext
+from memopt.activations.frame import Frame, InputSlot, RngState
+from memopt.activations.modes import MIN_MOVE_BYTES, ForwardMode
+from memopt.activations.patch import PatchedForward, without_caches
+from memopt.activations.stored import Checked, Label, Stored
+from memopt.activations.tensors import is_dense, is_plain, nbytes_of
+from memopt.activations.transfers import Transfers
+from memopt.types.plan import Placement, Plan, RegionPlan
+
+_RECOMPUTED = RegionPlan(name="")
+
+
+class Observer(Protocol):
+    """Sees a traced step go by (trace/live.py)."""
+
+    def forward_mode(self, frame: Frame, engine: ActivationEngine) -> ForwardMode:
+        """Return a mode that also records."""
+
+    def forward_ended(self, frame: Frame, mode: Any) -> None:
+        """The region's forward is over."""
+
+    def recompute_begins(self, frame: Frame) -> None:
+        """The region's backward begins."""
+
+    def recompute_ended(self, frame: Frame) -> None:
+        """Its recomputation is complete."""
+
+
+class ActivationEngine:
+    """Runs the regions of one model.
+
+    Args:
+        regions: (name, module) pairs, outermost only.
+        transfers: carries tensors off the device and back.
+        strict: compare every round trip's bytes.
+    """
+
+    def __init__(
+        self, regions: Sequence[tuple[str, Module]], transfers: Transfers, *, strict: bool = False
+    ) -> None:
+        self.device = transfers.device
+        self.transfers = transfers
+        self.strict = strict
+        self.observer: Observer | None = None
+        self.fragile: dict[str, frozenset[int]] = {}
+        self.notes: dict[str, None] = {}
+        self.plan = Plan()
+        self._plans: dict[str, RegionPlan] = {}
+        self._placements: dict[str, dict[int, tuple[str, Placement]]] = {}
+        self._patches = [PatchedForward(m, n, self._call) for n, m in regions]
+        self._live: weakref.WeakSet[Frame] = weakref.WeakSet()
+        self._last: weakref.ref[Frame] | None = None
+        self._num_calls: dict[str, int] = {}
+        self._shared: dict[int, tuple[Any, Any]] = {}
+        self._anchor = torch.empty(0, device=self.device)
+
+    # - Life
+
+    def attach(self) -> None:
+        """Patch the regions."""
+        for patch in self._patches:
+            patch.install()
+
+    def detach(self) -> None:
+        """Leave every module as it was; live frames keep what they need."""
+        for patch in reversed(self._patches):
+            patch.remove()
+
+    @property
+    def has_live_frames(self) -> bool:
+        """Whether a graph still waits for its backward."""
+        return len(self._live) > 0
+
+    def live_frames(self) -> list[Frame]:
+        """Frames that a graph still needs."""
+        return list(self._live)
+
+    def use(self, plan: Plan) -> None:
+        """Put a plan in force; frames already live keep what they have."""
+        self.plan = plan
+        self.transfers.window_bytes = plan.window_bytes
+        self._plans = {r.name: r for r in plan.regions}
+        self._placements = {
+            r.name: {o.position: (o.op, o.placement) for o in r.ops if o.placement != "recompute"}
+            for r in plan.regions
+        }
+
+    def begin_root(self) -> None:
+        """A root forward starts: calls are numbered anew."""
+        self._num_calls.clear()
+        self._shared.clear()
+        self.transfers.poll()
+
+    # - A region call
+
+    def _call(self, patch: PatchedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = self._call_name(patch.name)
+        plan = self._plans.get(name, _RECOMPUTED)
+        if plan.plain and self.observer is None:
+            return patch.plain(*args, **kwargs)
+        args, kwargs, had_cache = without_caches(args, kwargs)
+        if had_cache:
+            self.notes["key/value caches are switched off inside regions while gradients are on"] = None
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if not self._needs_gradient(patch.module, leaves):
+            return patch.plain(*args, **kwargs)
+        frame = Frame(name, patch.module, patch.plain, RngState.capture(self.device))
+        self._enter(frame)
+        frame.call_args = leaves
+
+        def body(_: Tensor) -> Any:
+            if frame.landed:
+                call_args, call_kwargs = pytree.tree_unflatten(frame.landed[-1], spec)
+            else:
+                assert frame.call_args is not None
+                call_args, call_kwargs = pytree.tree_unflatten(frame.call_args, spec)
+            return frame.plain(*call_args, **call_kwargs)
+
+        frame.inputs = [self._slot(leaf, plan, name) for leaf in leaves]
+        try:
+            return checkpoint(
+                body,
+                self._anchor,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (ForwardContext(frame, self), RecomputeContext(frame, self)),
+            )
+        finally:
+            frame.call_args = None
+
+    def _call_name(self, name: str) -> str:
+        count = self._num_calls.get(name, 0)
+        self._num_calls[name] = count + 1
+        return f"{name}#{count}" if count else name
+
+    def _needs_gradient(self, module: Module, leaves: list[Any]) -> bool:
+        if any(isinstance(v, Tensor) and v.requires_grad for v in leaves):
+            return True
+        return any(p.requires_grad for p in module.parameters())
+
+    def _enter(self, frame: Frame) -> None:
+        frame.previous = self._last
+        self._last = weakref.ref(frame)
+        self._live.add(frame)
+
+    def _slot(self, leaf: Any, plan: RegionPlan, name: str) -> Any:
+        """Return what stands for one argument until backward."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        stored = None
+        if plan.input != "device" and self._movable(leaf):
+            stored = self._store_shared(leaf, plan.input, name)
+        return InputSlot(leaf, stored)
+
+    def _movable(self, tensor: Tensor) -> bool:
+        return (
+            is_plain(tensor)
+            and tensor.device == self.device
+            and not (tensor.is_leaf and tensor.requires_grad)
+            and not isinstance(tensor, torch.nn.Parameter)
+            and nbytes_of(tensor) >= MIN_MOVE_BYTES
+            and is_dense(tensor)
+        )
+
+    def _store_shared(self, tensor: Tensor, placement: Placement, name: str) -> Stored | None:
+        """Move a tensor out once, however many regions take the same tensor object."""
+        known = self._shared.get(id(tensor))
+        if known is not None and known[0]() is tensor and known[1]() is not None:
+            shared: SharedInput = known[1]()
+            shared.num_users += 1
+            return shared
+        label = Label(region=name, what="input")
+        stored = self.store(tensor, placement, label, clone_first=False)
+        if stored is None:
+            return None
+        shared = SharedInput(stored)
+        self._shared[id(tensor)] = (weakref.ref(tensor), weakref.ref(shared))
+        return shared
+
+    def store(
+        self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool
+    ) -> Stored | None:
+        """Start a tensor's way to host or ssd; None when its budget has no room."""
+        stored = self.transfers.store(tensor, placement, label, clone_first=clone_first)
+        if stored is None:
+            self.notes[f"the {placement} budget was full: some tensors were recomputed or kept"] = None
+            return None
+        return Checked(stored, tensor, label) if self.strict else stored
+
+    # - What the contexts ask for
+
+    def forward_mode(self, frame: Frame) -> ForwardMode:
+        """Return the mode for this call."""
+        if self.observer is not None:
+            return self.observer.forward_mode(frame, self)
+        return ForwardMode(
+            frame,
+            self._placements.get(frame.name, {}),
+            self.fragile.get(frame.name, frozenset()),
+            self.store,
+            self.device,
+        )
+
+    def forward_ended(self, frame: Frame, mode: Any) -> None:
+        """Free what has arrived meanwhile."""
+        if self.observer is not None:
+            self.observer.forward_ended(frame, mode)
+        self.transfers.poll()
+
+    def recompute_begins(self, frame: Frame) -> None:
+        """Fetch what this region waits for, then what backward will ask for next."""
+        if self.observer is not None:
+            self.observer.recompute_begins(frame)
+        self.transfers.poll()
+        for stored in frame.waiting():
+            stored.prefetch()
+        budget = self.plan.prefetch_bytes
+        previous = frame.previous() if frame.previous is not None else None
+        while previous is not None and budget > 0:
+            if not previous.prefetched:
+                previous.prefetched = True
+                budget -= sum(stored.prefetch() for stored in previous.waiting())
+            previous = previous.previous() if previous.previous is not None else None
+            break
+
+    def recompute_ended(self, frame: Frame) -> None:
+        """Tell the observer."""
+        if self.observer is not None:
+            self.observer.recompute_ended(frame)
+
+
+class SharedInput:
+    """A region input that several regions take: out once, freed after its last user."""
+
+    def __init__(self, stored: Stored) -> None:
+        self.nbytes = stored.nbytes
+        self.num_users = 1
+        self._stored = stored
+        self._landed: Any = None
+
+    def prefetch(self) -> int:
+        """Start the fetch unless a region still holds the landed tensor."""
+        if self._landed is not None and self._landed() is not None:
+            return 0
+        return self._stored.prefetch()
+
+    def protect(self) -> None:
+        """Pass on."""
+        self._stored.protect()
+
+    def take(self, *, keep: bool) -> Tensor:
+        """Return the tensor, the same one to every region that overlaps."""
+        self.num_users -= not keep
+        tensor = self._landed() if self._landed is not None else None
+        if tensor is None:
+            tensor = self._stored.take(keep=keep or self.num_users > 0)
+            self._landed = weakref.ref(tensor)
+        return tensor.detach()

@@ -1,0 +1,204 @@
+"""Frame: everything one region call must remember until its backward.
+
+The checkpoint's closures own the frame; the engine only holds weak references. So a frame, and
+every byte that waits in it, lives exactly as long as the autograd graph that needs it: dropped
+graphs, exceptions and leaving the context early need no clean-up code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.activations.stored import Stored
+from memopt.types.errors import RecomputeMismatchError
+
+
+class Answer:
+    """The stored result of one op: `func` for the match, one part per output."""
+
+    __slots__ = ("func", "parts", "rng_after", "sequence")
+
+    def __init__(self, func: Any, parts: list[Any], sequence: type | None) -> None:
+        self.func = func
+        self.parts = parts
+        self.sequence = sequence
+        self.rng_after: RngState | None = None
+
+    def stored(self) -> list[Stored]:
+        """The parts that hold tensors."""
+        return [part for part in self.parts if hasattr(part, "take")]
+
+    def take(self, *, keep: bool) -> Any:
+        """Return the op's result."""
+        if self.rng_after is not None:
+            self.rng_after.restore()
+        values = [p.take(keep=keep) if hasattr(p, "take") else p for p in self.parts]
+        return values[0] if self.sequence is None else self.sequence(values)
+
+
+@dataclass(slots=True)
+class RngState:
+    """States of the random generators that a region may draw from."""
+
+    cpu: Tensor
+    device: torch.device | None
+    cuda: Tensor | None
+
+    @classmethod
+    def capture(cls, device: torch.device) -> RngState:
+        """Read the CPU generator's state and, on CUDA, the device's."""
+        on_cuda = device.type == "cuda"
+        return cls(
+            cpu=torch.get_rng_state(),
+            device=device if on_cuda else None,
+            cuda=torch.cuda.get_rng_state(device) if on_cuda else None,
+        )
+
+    def restore(self) -> None:
+        """Set the generators back."""
+        torch.set_rng_state(self.cpu)
+        if self.device is not None and self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+
+class PreImage:
+    """A tensor outside the region that its forward wrote, with its value before."""
+
+    __slots__ = ("before", "later", "target")
+
+    def __init__(self, target: Tensor) -> None:
+        self.target = target.detach()
+        self.before = self.target.clone()
+        self.later: Tensor | None = None
+
+
+def swap_in(images: list[PreImage]) -> None:
+    """Put the values before the forward in place, last capture first."""
+    for image in images:
+        image.later = image.target.clone()
+    for image in reversed(images):
+        _write(image.target, image.before)
+
+
+def swap_out(images: list[PreImage]) -> None:
+    """Put back the values that the program left."""
+    for image in images:
+        if image.later is not None:
+            _write(image.target, image.later)
+            image.later = None
+
+
+def _write(target: Tensor, value: Tensor) -> None:
+    """Copy without a version bump: the program must not see that the value was ever gone."""
+    with torch.autograd._unsafe_preserve_version_counter(target), torch.no_grad():
+        target.copy_(value)
+
+
+class InputSlot:
+    """One tensor argument of a region: kept as the program's own, or stored."""
+
+    __slots__ = ("leaf", "requires_grad", "source", "stored", "version")
+
+    def __init__(self, tensor: Tensor, stored: Stored | None) -> None:
+        self.requires_grad = tensor.requires_grad
+        self.leaf = tensor.is_leaf
+        self.source = tensor if stored is None else None
+        self.stored = stored
+        self.version = tensor._version
+
+    def land(self, region: str, *, keep: bool) -> Tensor:
+        """Return the tensor for recomputation, with the same place in a graph.
+
+        A leaf stays the leaf itself. Others get a fresh tensor that requires grad and is no
+        leaf either: autocast caches casts of leaves, and the op sequence must not change.
+        """
+        if self.stored is not None:
+            tensor = self.stored.take(keep=keep)
+        else:
+            assert self.source is not None
+            if self.source._version != self.version:
+                raise RecomputeMismatchError(
+                    f"an input of region {region!r} was modified in place between forward and "
+                    f"backward (version {self.source._version}, {self.version} at forward); "
+                    "write to a copy instead (tensor.clone())"
+                )
+            tensor = self.source
+            if self.leaf:
+                return tensor
+            tensor = tensor.detach()
+        if not self.requires_grad:
+            return tensor
+        return _NonLeaf.apply(torch.empty(0, requires_grad=True), [tensor])  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _NonLeaf(torch.autograd.Function):
+    """Give a tensor a grad_fn without copying it or making it a view."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, box: list[Tensor]) -> Tensor:
+        del ctx, anchor
+        return box.pop()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[None, None]:
+        del ctx, grads
+        return None, None
+
+
+class Frame:
+    """One region call between its forward and its backward."""
+
+    __slots__ = (
+        "__weakref__", "answers", "call_args", "inputs", "landed", "module", "name", "ops",
+        "parameters", "plain", "pre_images", "previous", "prefetched", "rng",
+    )  # fmt: skip
+
+    def __init__(self, name: str, module: torch.nn.Module, plain: Any, rng: RngState) -> None:
+        self.name = name
+        self.module = module
+        self.plain = plain
+        self.rng = rng
+        self.ops: list[Any] = []
+        self.answers: dict[int, Answer] = {}
+        self.inputs: list[InputSlot | Any] = []
+        self.landed: list[list[Any]] = []
+        self.call_args: list[Any] | None = None
+        self.pre_images: list[PreImage] = []
+        self.parameters = [(p, p._version) for p in module.parameters()]
+        self.previous: Any = None
+        self.prefetched = False
+
+    def check_parameters(self) -> None:
+        """Raise where a weight is another one, or was written, since the forward."""
+        now = list(self.module.parameters())
+        same = len(now) == len(self.parameters) and all(
+            p is q and p._version == version
+            for p, (q, version) in zip(now, self.parameters, strict=True)
+        )
+        if same:
+            return
+        name = next(
+            (
+                n
+                for (n, p), (q, v) in zip(
+                    self.module.named_parameters(), self.parameters, strict=False
+                )
+                if p is not q or p._version != v
+            ),
+            "a parameter",
+        )
+        raise RecomputeMismatchError(
+            f"{name} of region {self.name!r} was replaced or modified between forward and "
+            "backward, so the recomputation would use other weights; call backward before "
+            "optimizer.step(), and inside torch.func.functional_call"
+        )
+
+    def waiting(self) -> list[Stored]:
+        """Everything stored, in the order in which recomputation asks for it."""
+        inputs = [s.stored for s in self.inputs if isinstance(s, InputSlot) and s.stored]
+        answers = [part for _, a in sorted(self.answers.items()) for part in a.stored()]
+        return inputs + answers

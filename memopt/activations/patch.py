@@ -1,0 +1,112 @@
+"""What stands in for `module.forward` while the context is open.
+
+A small object, not a closure: copies of the model (`copy.deepcopy` for an EMA, `torch.save`) must
+be the plain model, computing with their own weights. A closure as `forward` would make a deep copy
+compute with the original's.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+_MISSING = object()
+
+
+class PatchedForward:
+    """Callable put at `module.forward`; `handler(self, args, kwargs)` does the work.
+
+    Args:
+        module: the module.
+        name: its qualified name in the model.
+        handler: called with this object and the call's arguments.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        name: str,
+        handler: Callable[[PatchedForward, tuple[Any, ...], dict[str, Any]], Any],
+    ) -> None:
+        self.module = module
+        self.name = name
+        self.plain: Callable[..., Any] = module.forward
+        self.previous = module.__dict__.get("forward", _MISSING)
+        self._handler = handler
+        functools.update_wrapper(self, self.plain, updated=())
+
+    def install(self) -> PatchedForward:
+        """Put this object in place."""
+        self.module.__dict__["forward"] = self
+        return self
+
+    def remove(self) -> None:
+        """Leave the module's `__dict__` as it was."""
+        if self.module.__dict__.get("forward") is not self:
+            return
+        if self.previous is _MISSING:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["forward"] = self.previous
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the region, or the plain forward where nothing is to be saved."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.plain(*args, **kwargs)
+        return self._handler(self, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return the plain forward of the copied module."""
+        if self.previous is not _MISSING:
+            return copy.deepcopy(self.previous, memo)
+        owner = memo.get(id(self.module), self.module)
+        return types.MethodType(type(owner).forward, owner)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the plain forward of the unpickled module."""
+        if self.previous is not _MISSING:
+            return copy.copy, (self.previous,)
+        return getattr, (self.module, "forward")
+
+
+CACHE_ARGUMENTS = {
+    "use_cache": False,
+    "past_key_values": None,
+    "past_key_value": None,
+    "layer_past": None,
+}
+
+
+def without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, bool]:
+    """Return the arguments with key/value caches switched off, and whether there were any.
+
+    A recomputed region would append to the cache a second time, and the cache keeps every key
+    and value alive. transformers' own checkpointing does the same.
+    """
+    changed = False
+    out_args = list(args)
+    for index, value in enumerate(args):
+        if _is_cache(type(value)):
+            out_args[index] = None
+            changed = True
+    out_kwargs = kwargs
+    for name, off in CACHE_ARGUMENTS.items():
+        if kwargs.get(name, off) is not off and kwargs[name] is not None:
+            out_kwargs = dict(kwargs) if out_kwargs is kwargs else out_kwargs
+            out_kwargs[name] = off
+            changed = True
+    return tuple(out_args), out_kwargs, changed
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_cache(kind: type) -> bool:
+    return any(
+        base.__module__ == "transformers.cache_utils" and base.__name__.endswith("Cache")
+        for base in kind.__mro__
+    )

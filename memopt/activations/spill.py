@@ -1,0 +1,191 @@
+"""Tensors on SSD: device -> staging buffer -> extent, and back.
+
+Staging buffers come from a bounded pool: what is on its way is bounded by it, and when it is
+full the oldest write is waited for. Reads are started ahead by `prefetch` and land in staging
+too. A transfer that failed is raised at the next `poll`, `take` or `store`, never swallowed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memopt.activations.stored import Label, Stored
+from memopt.activations.tensors import flat_elements, nbytes_of
+from memopt.io import ExtentStore, ExtentStoreFull
+from memopt.memory.buffers import HostBuffer, HostBuffers
+
+if TYPE_CHECKING:
+    from memopt.activations.transfers import Moved
+
+
+class SpillArea:
+    """The extent store of a session and the staging buffers in front of it.
+
+    Args:
+        store: extents on one or several directories.
+        staging: host buffers; their cap bounds what is on its way to and from the disk.
+    """
+
+    def __init__(self, store: ExtentStore, staging: HostBuffers) -> None:
+        self.store = store
+        self.staging = staging
+        self._writing: deque[_Write] = deque()
+
+    def stage(self, nbytes: int, *, wait: bool = True) -> HostBuffer | None:
+        """Return a staging buffer, waiting for the oldest writes while there is none."""
+        self.poll()
+        while (buffer := self.staging.take(nbytes)) is None:
+            if not wait or not self._writing:
+                return None
+            self._retire(self._writing.popleft())
+        return buffer
+
+    def begin_write(self, extent: Any, buffer: HostBuffer, nbytes: int) -> Any:
+        """Write a staging buffer out; it returns to the pool when the write is over."""
+        ticket = self.store.write(extent, buffer.memory(nbytes))
+        self._writing.append(_Write(ticket, buffer))
+        return ticket
+
+    def poll(self) -> None:
+        """Return the buffers of finished writes; raise the first that failed."""
+        while self._writing and self._writing[0].ticket.done():
+            self._retire(self._writing.popleft())
+
+    def finish(self) -> None:
+        """Wait for every write."""
+        while self._writing:
+            self._retire(self._writing.popleft())
+
+    def staging_bytes(self) -> tuple[int, int]:
+        """Mapped now and at most."""
+        return self.staging.mapped_bytes, self.staging.peak_mapped_bytes
+
+    def extent_bytes(self) -> tuple[int, int]:
+        """In use now and at most."""
+        stats = self.store.stats()
+        return stats.in_use_bytes, stats.peak_bytes
+
+    def close(self) -> None:
+        """Wait, then give back files and buffers; raises a write that failed unseen."""
+        try:
+            try:
+                self.finish()
+            finally:
+                self._writing.clear()
+                self.store.close()
+        finally:
+            self.staging.close()
+
+    def _retire(self, write: _Write) -> None:
+        try:
+            write.ticket.wait()
+        finally:
+            self.staging.release(write.buffer)
+
+
+class _Write:
+    """A write under way and the buffer it reads from."""
+
+    __slots__ = ("buffer", "ticket")
+
+    def __init__(self, ticket: Any, buffer: HostBuffer) -> None:
+        self.ticket = ticket
+        self.buffer = buffer
+
+
+class SpillStored:
+    """One tensor in an extent, stored from and returned to CPU memory."""
+
+    def __init__(self, tensor: Tensor, area: SpillArea, extent: Any, moved: Moved) -> None:
+        self.nbytes = nbytes_of(tensor)
+        self._area = area
+        self._extent = extent
+        self._moved = moved
+        self._shape = tensor.shape
+        self._stride = tensor.stride()
+        self._dtype = tensor.dtype
+        self._reading: tuple[Any, HostBuffer] | None = None
+
+    @classmethod
+    def from_cpu(cls, tensor: Tensor, area: SpillArea, label: Label, moved: Moved) -> Stored | None:
+        """Copy a CPU tensor to staging and start its write; None when the extents are full."""
+        del label
+        nbytes = nbytes_of(tensor)
+        try:
+            extent = area.store.alloc(nbytes)
+        except ExtentStoreFull:
+            return None
+        buffer = area.stage(nbytes)
+        if buffer is None:
+            area.store.free(extent)
+            return None
+        buffer.tensor(tensor.dtype, tensor.numel()).copy_(flat_elements(tensor))
+        area.begin_write(extent, buffer, nbytes)
+        moved.ssd_write_bytes += nbytes
+        return cls(tensor, area, extent, moved)
+
+    def prefetch(self) -> int:
+        """Start the read when a staging buffer is free."""
+        if self._reading is None:
+            buffer = self._area.stage(self.nbytes, wait=False)
+            if buffer is None:
+                return 0
+            self._start(buffer)
+        return self.nbytes
+
+    def protect(self) -> None:
+        """Nothing: the value left when it was stored."""
+
+    def take(self, *, keep: bool) -> Tensor:
+        """Read back into a new tensor of the same shape and strides."""
+        if self._reading is None:
+            buffer = self._area.stage(self.nbytes)
+            if buffer is None:
+                return self._read_directly(keep=keep)
+            self._start(buffer)
+        assert self._reading is not None
+        ticket, buffer = self._reading
+        self._reading = None
+        try:
+            ticket.wait()
+            tensor = torch.empty_strided(self._shape, self._stride, dtype=self._dtype)
+            flat_elements(tensor).copy_(buffer.tensor(self._dtype, math.prod(self._shape)))
+        finally:
+            self._area.staging.release(buffer)
+        if not keep:
+            self._free()
+        return tensor
+
+    def _read_directly(self, *, keep: bool) -> Tensor:
+        """Read into the tensor itself, where staging is all taken by reads ahead."""
+        tensor = torch.empty_strided(self._shape, self._stride, dtype=self._dtype)
+        memory = memoryview(flat_elements(tensor).view(torch.uint8).numpy())
+        self._area.store.read(self._extent, memory).wait()
+        self._moved.ssd_read_bytes += self.nbytes
+        if not keep:
+            self._free()
+        return tensor
+
+    def _start(self, buffer: HostBuffer) -> None:
+        ticket = self._area.store.read(self._extent, buffer.memory(self.nbytes))
+        self._reading = (ticket, buffer)
+        self._moved.ssd_read_bytes += self.nbytes
+
+    def _free(self) -> None:
+        if self._extent is not None:
+            extent, self._extent = self._extent, None
+            self._area.store.free(extent)
+
+    def __del__(self) -> None:
+        """Give the extent back when the graph that needed it is gone."""
+        if self._reading is not None:
+            ticket, buffer = self._reading
+            self._reading = None
+            ticket.done() or ticket.wait()
+            self._area.staging.release(buffer)
+        self._free()

@@ -1,0 +1,113 @@
+"""Moving tensors off the device and back: the protocol, its statistics, and the CPU form.
+
+One `Transfers` serves one device. `store` starts a tensor's way out and returns a `Stored`, or
+None where the budget of that place has no room left: the caller then recomputes, which is always
+exact. On a CPU the device is host memory, so the only other place is SSD.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from memopt.activations.spill import SpillArea, SpillStored
+from memopt.activations.stored import Label, Stored
+from memopt.types.plan import Placement
+
+
+@dataclass(slots=True)
+class Moved:
+    """Bytes moved per direction and seconds the compute stream waited, since the last reset."""
+
+    d2h_bytes: int = 0
+    h2d_bytes: int = 0
+    ssd_write_bytes: int = 0
+    ssd_read_bytes: int = 0
+    exposed_s: float = 0.0
+    num_refused: int = 0
+
+
+class Transfers(Protocol):
+    """What carries tensors for one device."""
+
+    device: torch.device
+    moved: Moved
+    window_bytes: int
+
+    def store(
+        self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool
+    ) -> Stored | None:
+        """Start moving a dense tensor to "host" or "ssd"; None when there is no room."""
+
+    def poll(self) -> None:
+        """Free what has arrived and raise the first transfer that failed."""
+
+    def finish(self) -> None:
+        """Wait for everything under way."""
+
+    def host_bytes(self) -> tuple[int, int]:
+        """Return host bytes mapped now and at most."""
+
+    def ssd_bytes(self) -> tuple[int, int]:
+        """Return extent bytes in use now and at most."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class CpuTransfers:
+    """Transfers of a machine without an accelerator: SSD only.
+
+    The tensor is copied into a staging buffer on the compute thread (that is the transfer off
+    "the device"), and written from there while compute goes on.
+    """
+
+    def __init__(self, spill: SpillArea | None, window_bytes: int) -> None:
+        self.device = torch.device("cpu")
+        self.moved = Moved()
+        self.window_bytes = window_bytes
+        self._spill = spill
+
+    def store(
+        self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool
+    ) -> Stored | None:
+        """Copy out now; `clone_first` needs nothing more, the copy is done on return."""
+        assert placement == "ssd", "without CUDA the device is host memory"
+        if self._spill is None:
+            return None
+        stored = SpillStored.from_cpu(tensor, self._spill, label, self.moved)
+        if stored is None:
+            self.moved.num_refused += 1
+        return stored
+
+    def poll(self) -> None:
+        """Raise a failed transfer."""
+        if self._spill is not None:
+            self._spill.poll()
+
+    def finish(self) -> None:
+        """Wait for every write."""
+        if self._spill is not None:
+            self._spill.finish()
+
+    def host_bytes(self) -> tuple[int, int]:
+        """Staging buffers: host memory of memopt's own."""
+        return self._spill.staging_bytes() if self._spill is not None else (0, 0)
+
+    def ssd_bytes(self) -> tuple[int, int]:
+        """Extent bytes."""
+        return self._spill.extent_bytes() if self._spill is not None else (0, 0)
+
+    def close(self) -> None:
+        """Close the extent files."""
+        if self._spill is not None:
+            self._spill.close()
+
+
+def describe(transfers: Transfers) -> dict[str, Any]:
+    """Return the statistics for a report."""
+    moved = transfers.moved
+    return {name: getattr(moved, name) for name in moved.__dataclass_fields__}
