@@ -1,0 +1,14 @@
+"""The planner: StepTrace and Hardware in, Plan out.
+
+- `solve_greedy` finds a plan inside three byte budgets, `smallest_budget` says what it would need;
+- `uniform_plan` makes the forced plans;
+- `predict` and `predict_plain` say what a plan, or the untouched step, takes;
+- `check` judges a plan by code that shares nothing with the solver.
+"""
+
+from __future__ import annotations
+
+from memopt.plan.simulate import predict, predict_plain
+from memopt.plan.uniform import uniform_plan
+
+__all__ = ["predict", "predict_plain", "uniform_plan"]

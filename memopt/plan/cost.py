@@ -1,0 +1,350 @@
+"""Cost model: what each region of a StepTrace costs under a choice of placements.
+
+A StepTrace holds facts of one measured step; a plan is a choice per region. Everything that depends on one region
+alone is worked out here, once per distinct (region, choice), as a `RegionLoad`; `simulate` then strings the loads
+of a step together on a timeline. Regions that ran the same ops on the same shapes share one `RegionModel`, with the
+median of their times: the first step's outliers (a first call that loads a kernel) must not decide where bytes live.
+
+Device bytes are upper bounds, built from what the trace measured:
+
+- Forward. A region in which nothing is stored reaches `forward_peak_bytes` above its start. Storing `K` bytes of its
+  op outputs adds at most `K`; what is not stored never exceeds the sum of all other outputs. So the level is at most
+  `K + min(forward_peak, other outputs)`.
+- Backward. `backward_peak_bytes` was measured with everything recomputed. Outputs stored on the device are standing
+  already, so their saved part is taken off; outputs fetched from host or SSD arrive in place of recomputed ones, so
+  only what autograd would not have saved (`nbytes - saved_nbytes`) comes on top, as does a fetched region input.
+- The gradient that enters a region's backward is alive before its recompute starts and is as large as the region's
+  output, which is the next region's input.
+
+Times: an op answered from storage takes its time off the recompute, unless the recompute stops before it: checkpoint
+ends a recompute once the last saved tensor is back, so ops behind that one are never run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from memopt.types.errors import ConfigError
+from memopt.types.hardware import Hardware
+from memopt.types.plan import Placement, RegionPlan
+from memopt.types.trace import RegionTrace, StepTrace
+
+ALIGN_BYTES = 4096  # host and SSD areas start on pages, so that O_DIRECT and page-locking work on them
+STAGING_BYTES_PER_S = 5e9  # one core's memcpy between a tensor and a staging buffer, where the device is the CPU
+CUDA_SLACK = 0.03
+CPU_SLACK = 0.01
+
+
+def slack_of(device: str) -> float:
+    """Return the share of the device budget that is left free.
+
+    On CUDA the budget bounds what the allocator reserves. Splits of its blocks that no later request fits are
+    reserved but not allocated; transformer steps under a cap show 1-3 % of it. On CPU accounted bytes are exact up to
+    what the model itself does not repeat from step to step.
+    """
+    return CUDA_SLACK if device == "cuda" else CPU_SLACK
+
+
+def usable_bytes(device_bytes: int, slack: float) -> int:
+    """Return what a plan may use of a device budget of `device_bytes`."""
+    return int(device_bytes * (1.0 - slack))
+
+
+def aligned(nbytes: int) -> int:
+    """Return the bytes that `nbytes` occupy in host or SSD areas."""
+    return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One tensor on its way out, `offset_s` after its region's forward began."""
+
+    offset_s: float
+    nbytes: int
+    to_ssd: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Placements of one region: `ops` has one entry per OpTrace of the region, in its order."""
+
+    plain: bool
+    input: Placement
+    ops: tuple[Placement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RegionLoad:
+    """What one region asks of the step under one Choice.
+
+    Args:
+        kept_bytes: on the device from the region's forward to the end of its backward.
+        forward_bytes: above the standing level while its forward runs, what it keeps included.
+        backward_bytes: above the standing level (what it keeps included) while its backward runs.
+        rerun_s: recompute that is left.
+        out: tensors that leave, in order.
+        back: (bytes, from SSD) of the tensors that are fetched, in order of need.
+        host_bytes, ssd_bytes: room that its stored tensors take.
+    """
+
+    plain: bool
+    kept_bytes: int
+    forward_bytes: int
+    backward_bytes: int
+    rerun_s: float
+    out: tuple[Transfer, ...]
+    back: tuple[tuple[int, bool], ...]
+    host_bytes: int
+    ssd_bytes: int
+
+
+@dataclass(frozen=True)
+class RegionModel:
+    """Facts shared by all regions that ran the same ops on the same shapes, and the loads worked out so far."""
+
+    region: RegionTrace
+    forward_s: float
+    recompute_s: float
+    backward_s: float
+    offsets_s: tuple[float, ...]  # when each op's output exists, from the start of the region's forward
+    gains_s: tuple[float, ...]  # what answering each op from storage takes off the recompute
+    loads: dict[Choice, RegionLoad]
+
+    @property
+    def saved_by_ops_bytes(self) -> int:
+        """Bytes of the region's own op outputs that the plain step keeps."""
+        return sum(op.saved_nbytes for op in self.region.ops)
+
+    def load(self, choice: Choice) -> RegionLoad:
+        """Return the load under `choice`."""
+        found = self.loads.get(choice)
+        if found is None:
+            found = self._plain_load() if choice.plain else self._moved_load(choice)
+            self.loads[choice] = found
+        return found
+
+    def _transient_bytes(self, stored_bytes: int) -> int:
+        peak = self.region.forward_peak_bytes
+        everything = sum(op.nbytes for op in self.region.ops)
+        workspace = max(0, peak - everything)  # what kernels allocate and free inside one op is in no OpTrace
+        return min(peak, max(0, everything - stored_bytes) + workspace)
+
+    def _plain_load(self) -> RegionLoad:
+        region, by_ops = self.region, self.saved_by_ops_bytes
+        saved = max(region.saved_nbytes, by_ops)
+        live_input = max(region.input_nbytes, saved - by_ops)
+        return RegionLoad(
+            plain=True,
+            kept_bytes=saved,
+            forward_bytes=live_input + by_ops + self._transient_bytes(by_ops),
+            backward_bytes=max(region.backward_peak_bytes - by_ops, region.grad_nbytes),
+            rerun_s=0.0,
+            out=(),
+            back=(),
+            host_bytes=0,
+            ssd_bytes=0,
+        )
+
+    def _moved_load(self, choice: Choice) -> RegionLoad:
+        region = self.region
+        out, back = [], []
+        kept = kept_saved = extra = 0
+        gain = 0.0
+        room = {"host": 0, "ssd": 0}
+        if choice.input != "device":
+            out.append(Transfer(0.0, region.input_nbytes, choice.input == "ssd"))
+            back.append((region.input_nbytes, choice.input == "ssd"))
+            room[choice.input] += aligned(region.input_nbytes)
+            extra += region.input_nbytes
+        for op, placement, offset, gain_s in zip(
+            region.ops, choice.ops, self.offsets_s, self.gains_s, strict=True
+        ):
+            if placement == "recompute":
+                continue
+            gain += gain_s
+            if placement == "device":
+                kept += op.nbytes
+                kept_saved += op.saved_nbytes
+            else:
+                out.append(Transfer(offset, op.nbytes, placement == "ssd"))
+                back.append((op.nbytes, placement == "ssd"))
+                room[placement] += aligned(op.nbytes)
+                extra += op.nbytes - op.saved_nbytes
+        standing_input = region.input_nbytes if choice.input == "device" else 0
+        return RegionLoad(
+            plain=False,
+            kept_bytes=kept + standing_input,
+            forward_bytes=region.input_nbytes + kept + self._transient_bytes(kept),
+            backward_bytes=extra + max(region.backward_peak_bytes - kept_saved, region.grad_nbytes),
+            rerun_s=max(0.0, self.recompute_s - gain),
+            out=tuple(out),
+            back=tuple(back),
+            host_bytes=room["host"],
+            ssd_bytes=room["ssd"],
+        )
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """A StepTrace made ready for many simulations on one machine.
+
+    Args:
+        models: one RegionModel per region of the forward, shared within a group.
+        base_bytes: on the device at every root forward, whatever the plan.
+        outside_bytes: what autograd saves outside regions before the last region's forward ends.
+        output_bytes: output of the last region, alive at the turning point.
+        grad_bytes: per region, gradients that its backward creates; `outside_grad_bytes` the rest.
+        outside_s: time between the last region's forward and the first backward.
+    """
+
+    trace: StepTrace
+    hardware: Hardware
+    models: tuple[RegionModel, ...]
+    base_bytes: int
+    outside_bytes: int
+    output_bytes: int
+    grad_bytes: tuple[int, ...]
+    outside_grad_bytes: int
+    outside_s: float
+
+    @property
+    def plain_s(self) -> float:
+        """Time of the untouched step."""
+        micro = self.outside_s + sum(m.forward_s + m.backward_s for m in self.models)
+        return micro * self.trace.num_micro_batches + self.trace.optimizer_s
+
+
+def assumed_hardware(device: str) -> Hardware:
+    """Return rates that make transfers cost nothing noticeable, for predictions in which nothing moves."""
+    return Hardware(
+        device=device, name="any", d2h_bytes_per_s=1e18, h2d_bytes_per_s=1e18, source="not needed: nothing moves"
+    )
+
+
+def build(trace: StepTrace, hardware: Hardware) -> StepModel:
+    """Return the StepModel of `trace` on `hardware`.
+
+    Raises:
+        ConfigError: trace and hardware are of different devices, or the trace has no region.
+    """
+    if trace.device != hardware.device:
+        raise ConfigError(f"the trace is of device {trace.device!r} but the rates are of {hardware.device!r}")
+    if not trace.regions:
+        raise ConfigError("the trace has no region: a step that trains at least one block must be traced first")
+    models = _models(trace.regions)
+    share = _new_gradients_share(trace)
+    grads = tuple(int(r.grad_nbytes * share) for r in trace.regions)
+    micro = max(1, trace.num_micro_batches)
+    inside_s = sum(r.forward_s + r.recompute_s + r.backward_s for r in trace.regions)
+    last = trace.regions[-1]
+    return StepModel(
+        trace=trace,
+        hardware=hardware,
+        models=models,
+        base_bytes=_base_bytes(trace),
+        outside_bytes=_outside_bytes(trace),
+        output_bytes=last.ops[-1].nbytes if last.ops else last.input_nbytes,
+        grad_bytes=grads,
+        outside_grad_bytes=max(0, int(trace.grad_bytes * share) - sum(grads)),
+        outside_s=max(0.0, (trace.forward_s + trace.backward_s) / micro - inside_s),
+    )
+
+
+def _base_bytes(trace: StepTrace) -> int:
+    """Return device bytes at a root forward of the fullest micro-batch of any step but the first.
+
+    The traced step is often the first one, whose optimizer has no state yet, and its first micro-batch may have had
+    no gradients: the states' own sum is a lower bound for both.
+    """
+    states = trace.param_bytes + trace.buffer_bytes + trace.optimizer_bytes + trace.grad_bytes_at_start
+    return max(trace.resident_bytes, states)
+
+
+def _new_gradients_share(trace: StepTrace) -> float:
+    """Return the share of the gradients that a backward creates, 1 where they were None at its start."""
+    if trace.grad_bytes <= 0:
+        return 0.0
+    return max(0.0, 1.0 - trace.grad_bytes_at_start / trace.grad_bytes)
+
+
+def _outside_bytes(trace: StepTrace) -> int:
+    """Return an upper bound of the outside-saved bytes that stand while regions run.
+
+    What the head and the loss save is part of `outside_peak_bytes` and gone before the first recompute. The traced
+    step never exceeded `peak_bytes`, so what stood beside its outside peak, or beside a region's backward, is bounded.
+    """
+    bound = trace.outside_saved_bytes
+    if trace.peak_bytes > 0:
+        above = trace.peak_bytes - trace.resident_bytes
+        bound = min(bound, above - trace.outside_peak_bytes)
+        bound = min(bound, above - max(r.backward_peak_bytes for r in trace.regions))
+    return max(0, bound)
+
+
+def _models(regions: Sequence[RegionTrace]) -> tuple[RegionModel, ...]:
+    groups: dict[tuple[object, ...], list[RegionTrace]] = {}
+    keys = [_shape_key(r) for r in regions]
+    for key, region in zip(keys, regions, strict=True):
+        groups.setdefault(key, []).append(region)
+    made = {key: _model(members) for key, members in groups.items()}
+    return tuple(made[key] for key in keys)
+
+
+def _shape_key(region: RegionTrace) -> tuple[object, ...]:
+    """Return what two regions must share to be planned as one: group and every byte count."""
+    ops = tuple((o.position, o.op, o.nbytes, o.saved_nbytes, o.kind, o.placeable) for o in region.ops)
+    sizes = (region.input_nbytes, region.saved_nbytes, region.grad_nbytes)
+    return (region.group, sizes, region.forward_peak_bytes, region.backward_peak_bytes, ops)
+
+
+def _model(members: Sequence[RegionTrace]) -> RegionModel:
+    region = members[0]
+    times = [median(r.ops[k].time_s for r in members) for k in range(len(region.ops))]
+    forward_s = median(r.forward_s for r in members)
+    recompute_s = median(r.recompute_s for r in members)
+    saved_at = [op.position for op in region.ops if op.saved_nbytes > 0]
+    last_saved = max(saved_at) if saved_at else -1
+    gains = [t if op.position <= last_saved else 0.0 for op, t in zip(region.ops, times, strict=True)]
+    # op times are measured one by one, with gaps between them that the whole region does not have
+    shrink = min(1.0, recompute_s / sum(gains)) if sum(gains) > 0 else 0.0
+    stretch = min(1.0, forward_s / sum(times)) if sum(times) > 0 else 0.0
+    offsets, clock = [], 0.0
+    for t in times:
+        clock += t * stretch
+        offsets.append(clock)
+    return RegionModel(
+        region=region,
+        forward_s=forward_s,
+        recompute_s=recompute_s,
+        backward_s=median(r.backward_s for r in members),
+        offsets_s=tuple(offsets),
+        gains_s=tuple(g * shrink for g in gains),
+        loads={},
+    )
+
+
+def choice_of(region: RegionTrace, plan: RegionPlan | None) -> Choice:
+    """Return the Choice that a RegionPlan means for `region`; None means everything recomputed.
+
+    Raises:
+        ConfigError: the plan places an op that the region does not have or that may not be placed.
+    """
+    if plan is None or plan.plain:
+        return Choice(plan is not None, "device", ("recompute",) * len(region.ops))
+    wanted = {op.position: op for op in plan.ops}
+    placements: list[Placement] = []
+    for op in region.ops:
+        entry = wanted.pop(op.position, None)
+        placement: Placement = "recompute" if entry is None else entry.placement
+        if entry is not None and placement != "recompute":
+            if entry.op != op.op:
+                raise ConfigError(f"{region.name}: op {op.position} is {op.op}, the plan says {entry.op}")
+            if not op.placeable:
+                raise ConfigError(f"{region.name}: {op.op} at {op.position} cannot be placed: {op.reason}")
+        placements.append(placement)
+    stray = [p for p, op in wanted.items() if op.placement != "recompute"]
+    if stray:
+        raise ConfigError(f"{region.name}: the plan places ops at {stray}, which create no storage there")
+    return Choice(False, plan.input, tuple(placements))
