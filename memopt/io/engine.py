@@ -19,7 +19,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +39,8 @@ EngineName = Literal["auto", "io_uring", "threads"]
 DEFAULT_QUEUE_DEPTH = 32
 MAX_UNIT_BYTES = 65536
 _log = logging.getLogger(__name__)
+# Engines with transfers in flight: the kernel still writes to their buffers, so they must not be collected.
+_BUSY: set[Engine] = set()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +111,9 @@ class Engine(ABC):
         self._pid = os.getpid()
         self._closed = False
         self._lock = threading.Lock()
+        self._gate = (
+            threading.Lock()
+        )  # held while transfers are started, and while the engine stops taking them
         self._in_flight: set[Ticket] = set()
         self._failed: list[Ticket] = []
         self._totals = {"tickets": 0, "failed": 0, "read": 0, "write": 0, "buffered": 0}
@@ -129,17 +133,19 @@ class Engine(ABC):
             ValueError: a transfer that cannot be (read-only target, negative offset, closed file, closed engine).
             IoEngineUnavailable: the engine was opened in another process (before a fork).
         """
-        self._check_usable()
-        pieces = plan_batch(transfers, self.bounces)
-        try:
-            ticket = self._start(pieces)
-        except BaseException:
-            release_bounces(pieces, self.bounces)
-            raise
-        with self._lock:
-            self._totals["tickets"] += 1
-            self._in_flight.add(ticket)
         self._reap()
+        with self._gate:
+            self._check_usable()
+            pieces = plan_batch(transfers, self.bounces)
+            try:
+                ticket = self._start(pieces)
+            except BaseException:
+                release_bounces(pieces, self.bounces)
+                raise
+            with self._lock:
+                self._totals["tickets"] += 1
+                self._in_flight.add(ticket)
+                _BUSY.add(self)
         return ticket
 
     def read(self, file: IoFile, offset: int, buffer: Buffer, *, padded: bool = False) -> Ticket:
@@ -201,16 +207,20 @@ class Engine(ABC):
 
         In a forked child it releases the child's copies and leaves the parent's transfers alone. Safe to call twice.
         """
-        if self._closed:
+        if os.getpid() != self._pid:
+            if not self._closed:
+                self._closed = True
+                self._shut_down()
             return
-        self._closed = True
-        if os.getpid() == self._pid:
-            for ticket in self._snapshot():
-                ticket._finished(None)
-                self._settle(ticket)
+        with self._gate:
+            if self._closed:
+                return
+            self._closed = True
+        for ticket in self._snapshot():
+            ticket._finished(None)
+            self._settle(ticket)
         self._shut_down()
-        if os.getpid() == self._pid:
-            self._raise_unclaimed()
+        self._raise_unclaimed()
 
     def __enter__(self) -> Self:
         return self
@@ -263,6 +273,8 @@ class Engine(ABC):
             else:
                 self._count(ticket)
             pieces, ticket.pieces = ticket.pieces, []
+            if not self._in_flight:
+                _BUSY.discard(self)
         release_bounces(pieces, self.bounces)
 
     def _count(self, ticket: Ticket) -> None:
@@ -316,15 +328,6 @@ def open_engine(
 
 
 def _open_uring(queue_depth: int, directory: str | os.PathLike[str] | None) -> Engine:
-    try:
-        from memopt.io.uring import UringEngine
-    except ImportError as error:
-        raise IoEngineUnavailable(
-            f"io_uring: the native part of memopt is missing ({error})"
-        ) from error
+    from memopt.io.uring import UringEngine
+
     return UringEngine.open(queue_depth=queue_depth, directory=directory)
-
-
-def monotonic_deadline(timeout_s: float | None) -> float | None:
-    """Return the time at which a wait of ``timeout_s`` ends, or None for no end."""
-    return None if timeout_s is None else time.monotonic() + timeout_s

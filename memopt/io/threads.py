@@ -118,7 +118,7 @@ def _work(jobs: queue.SimpleQueue[_Job]) -> None:
                 _run_block(piece, start, stop)
         except OSError as failure:
             error = failure
-        except Exception as failure:  # a worker that dies would leave its ticket waiting for ever
+        except Exception as failure:  # noqa: BLE001 - a worker that dies would leave its ticket waiting for ever
             error = piece.error(errno.EIO, start, f"unexpected {type(failure).__name__}: {failure}")
         del job, piece  # the buffers must be free as soon as the ticket says that it is finished
         ticket.block_done(error)

@@ -1,0 +1,106 @@
+/* The thread that owns the ring. */
+#include "uring_internal.h"
+
+#include <signal.h>
+#include <time.h>
+
+static int open_ring(memopt_uring *engine)
+{
+    static const unsigned ladder[] = {
+#if defined(IORING_SETUP_SINGLE_ISSUER) && defined(IORING_SETUP_DEFER_TASKRUN)
+        IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
+#endif
+        IORING_SETUP_COOP_TASKRUN,
+        0,
+    };
+    unsigned entries = engine->queue_depth + 1; /* and the kick */
+    int rc = -EINVAL;
+    if (engine->use_sqpoll) {
+        struct io_uring_params params = {.flags = IORING_SETUP_SQPOLL, .sq_thread_idle = 50};
+        rc = io_uring_queue_init_params(entries, &engine->ring, &params);
+        engine->features = rc == 0 ? 1 : 0;
+        return rc;
+    }
+    for (unsigned i = 0; i < sizeof ladder / sizeof *ladder && rc == -EINVAL; i++) {
+        struct io_uring_params params = {.flags = ladder[i]};
+        rc = io_uring_queue_init_params(entries, &engine->ring, &params);
+        if (rc == 0 && i == 0 && sizeof ladder / sizeof *ladder == 3)
+            engine->features |= 2;
+    }
+    return rc;
+}
+
+static void announce(memopt_uring *engine, int state)
+{
+    pthread_mutex_lock(&engine->lock);
+    engine->state = state;
+    pthread_cond_broadcast(&engine->changed);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+/* Give the kernel what was prepared and wait for one completion. Transient refusals are tried again for ten seconds. */
+static int enter(memopt_uring *engine)
+{
+    for (int failures = 0;; failures++) {
+        int rc = io_uring_submit_and_wait(&engine->ring, 1);
+        if (rc >= 0 || rc == -EINTR || io_uring_cq_ready(&engine->ring) != 0)
+            return 0;
+        if ((rc != -EAGAIN && rc != -EBUSY && rc != -ENOMEM) || failures == MAX_ENTER_FAILURES)
+            return rc;
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    }
+}
+
+static void *drive(void *argument)
+{
+    memopt_uring *engine = argument;
+    int rc = open_ring(engine);
+    if (rc < 0) {
+        announce(engine, rc);
+        return NULL;
+    }
+    if (io_uring_register_files_sparse(&engine->ring, MAX_FILES) == 0)
+        engine->features |= 4;
+    if (io_uring_register_buffers_sparse(&engine->ring, MAX_BUFFERS) == 0)
+        engine->features |= 8;
+    announce(engine, 0);
+
+    pthread_mutex_lock(&engine->lock);
+    for (;;) {
+        memopt_reap(engine);
+        memopt_serve_control(engine);
+        memopt_fill_ring(engine);
+        if (engine->stopping && engine->head == NULL && engine->num_free == engine->queue_depth)
+            break;
+        engine->counters.num_enters++;
+        pthread_mutex_unlock(&engine->lock);
+        rc = enter(engine);
+        pthread_mutex_lock(&engine->lock);
+        if (rc < 0) {
+            memopt_fail_everything(engine, rc);
+            break;
+        }
+    }
+    pthread_mutex_unlock(&engine->lock);
+    io_uring_queue_exit(&engine->ring);
+    return NULL;
+}
+
+int memopt_start_driver(memopt_uring *engine)
+{
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the program's own threads */
+    int rc = pthread_create(&engine->driver, NULL, drive, engine);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (rc != 0)
+        return -rc;
+    pthread_mutex_lock(&engine->lock);
+    while (engine->state == 1)
+        pthread_cond_wait(&engine->changed, &engine->lock);
+    rc = engine->state;
+    pthread_mutex_unlock(&engine->lock);
+    if (rc != 0)
+        pthread_join(engine->driver, NULL);
+    return rc;
+}

@@ -1,0 +1,279 @@
+"""The ``io_uring`` engine: one native thread keeps the ring full and finishes tickets without Python's lock.
+
+The native part is ``csrc/io/uring_engine.c``, bound with cffi in API mode (``memopt.io._uring``). Python hands over a
+batch with one call and hears of it again when someone asks for the ticket; between the two, no Python code runs, so a
+training loop that holds the lock does not slow the disk, nor the disk the loop.
+
+io_uring is refused in many containers (the default seccomp profiles of Docker and containerd answer EPERM) and missing
+on old kernels; so opening the engine writes and reads one real block and turns whatever fails into
+:class:`IoEngineUnavailable` with the reason.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from memopt.io.buffers import Buffer, view_of
+from memopt.io.engine import DEFAULT_QUEUE_DEPTH, Engine, Ticket
+from memopt.io.files import IoFile, create_unlinked
+from memopt.io.pieces import Piece
+from memopt.types.errors import IoEngineUnavailable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["UringCounters", "UringEngine", "load_native"]
+
+DEFAULT_BLOCK_BYTES = 1 << 20
+_SIGNAL_CHECK_S = 0.1
+_REASONS = {
+    errno.EPERM: "the kernel or a container's seccomp profile forbids it (allow the io_uring_* system calls)",
+    errno.ENOSYS: "this kernel has no io_uring (Linux 5.19 or newer is needed)",
+    errno.EACCES: "the kernel.io_uring_disabled setting forbids it",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UringCounters:
+    """What the ring did: blocks asked of the kernel, resumed after a short transfer, tried again, and so on."""
+
+    num_blocks: int
+    num_resumed: int
+    num_retried: int
+    num_fixed_buffers: int
+    num_enters: int
+
+
+def load_native() -> Any:
+    """Return the compiled module.
+
+    Raises:
+        IoEngineUnavailable: it was not built, or cffi's runtime is missing.
+    """
+    try:
+        return importlib.import_module("memopt.io._uring")
+    except ImportError as error:
+        raise IoEngineUnavailable(
+            f"io_uring: the native part of memopt is missing ({error}); install liburing-dev and gcc, then memopt again"
+        ) from error
+
+
+class _UringTicket(Ticket):
+    def __init__(self, engine: UringEngine, pieces: list[Piece], handle: Any) -> None:
+        super().__init__(engine, pieces)
+        self._handle = handle
+        self._native = engine._native
+        self._ring = engine._ring
+        self._is_over = False
+
+    def _finished(self, timeout_s: float | None) -> bool:
+        if self._is_over:
+            return True
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        result = self._native.ffi.new("memopt_uring_result *")
+        while True:
+            left = (
+                _SIGNAL_CHECK_S
+                if end is None
+                else min(_SIGNAL_CHECK_S, max(0.0, end - time.monotonic()))
+            )
+            # Back in Python every tenth of a second: a KeyboardInterrupt must not wait for the disk.
+            if self._native.lib.memopt_uring_wait(
+                self._ring, self._handle, int(left * 1e9), result
+            ):
+                self._take_result(result)
+                return True
+            if end is not None and time.monotonic() >= end:
+                return False
+
+    def _take_result(self, result: Any) -> None:
+        with self._engine._lock:
+            if self._is_over:
+                return
+            if result.error:
+                piece, done = self.pieces[result.request], int(result.done_bytes)
+                at_end = result.error == errno.ENODATA or (
+                    result.error == errno.EIO and piece.kind == "write"
+                )
+                self.error = piece.end_of_file(done) if at_end else piece.error(result.error, done)
+            self._is_over = True
+
+
+class UringEngine(Engine):
+    """io_uring with registered files and buffers. Use :meth:`open`, which probes. See the module."""
+
+    name = "io_uring"
+
+    def __init__(
+        self,
+        *,
+        queue_depth: int = DEFAULT_QUEUE_DEPTH,
+        block_bytes: int = DEFAULT_BLOCK_BYTES,
+        sqpoll: bool = False,
+    ) -> None:
+        super().__init__(queue_depth=queue_depth)
+        if not 4096 <= block_bytes <= 1 << 30 or block_bytes % 4096:
+            raise ValueError(
+                f"block_bytes={block_bytes} must be a multiple of 4096 from 4096 to {1 << 30}"
+            )
+        self.block_bytes = block_bytes
+        self._native = load_native()
+        self._ring = self._open_ring(sqpoll)
+        self._finalizer = weakref.finalize(self, _release, self._native, self._ring, self._pid)
+        self._slots: dict[IoFile, tuple[int, int]] = {}
+
+    @classmethod
+    def open(
+        cls,
+        *,
+        queue_depth: int = DEFAULT_QUEUE_DEPTH,
+        block_bytes: int = DEFAULT_BLOCK_BYTES,
+        sqpoll: bool = False,
+        directory: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Open the engine and prove it by writing and reading one block.
+
+        Args:
+            queue_depth: blocks in the kernel at a time.
+            block_bytes: transfers are cut into blocks of this size, so that one transfer fills the queue.
+            sqpoll: let a kernel thread poll for submissions (saves system calls, costs a core).
+            directory: where to probe; an anonymous memory file when omitted.
+
+        Raises:
+            IoEngineUnavailable: io_uring cannot run here; the message says why.
+        """
+        engine = cls(queue_depth=queue_depth, block_bytes=block_bytes, sqpoll=sqpoll)
+        try:
+            _probe(engine, directory)
+        except OSError as error:
+            engine.close()
+            raise IoEngineUnavailable(f"io_uring: a test block failed: {error}") from error
+        return engine
+
+    def _open_ring(self, sqpoll: bool) -> Any:
+        out = self._native.ffi.new("memopt_uring **")
+        rc = self._native.lib.memopt_uring_open(
+            self.queue_depth, self.block_bytes, int(sqpoll), out
+        )
+        if rc < 0:
+            why = _REASONS.get(-rc)
+            raise IoEngineUnavailable(f"io_uring: {os.strerror(-rc)}{f': {why}' if why else ''}")
+        return self._native.ffi.gc(out[0], self._native.lib.memopt_uring_free)
+
+    def _start(self, pieces: list[Piece]) -> Ticket:
+        ffi, lib = self._native.ffi, self._native.lib
+        requests = ffi.new("memopt_uring_request[]", len(pieces))
+        for request, piece in zip(requests, pieces, strict=True):
+            self._fill(request, piece)
+        out = ffi.new("memopt_uring_ticket **")
+        rc = lib.memopt_uring_submit(self._ring, requests, len(pieces), out)
+        if rc < 0:
+            raise OSError(-rc, f"{os.strerror(-rc)}: io_uring does not take requests any more")
+        return _UringTicket(self, pieces, ffi.gc(out[0], lib.memopt_uring_ticket_free))
+
+    def _fill(self, request: Any, piece: Piece) -> None:
+        direct_slot, plain_slot = self._slots_of(piece.file)
+        request.address = piece.view.address
+        request.nbytes = piece.view.nbytes
+        request.offset = piece.offset
+        if piece.copy_to is not None:
+            request.copy_to = piece.copy_to.address
+            request.copy_bytes = piece.copy_to.nbytes
+        request.unit_bytes = piece.file.unit_bytes
+        request.direct_fd = piece.file.direct_fd
+        request.direct_slot = direct_slot
+        request.plain_fd = piece.file.buffered_fd
+        request.plain_slot = plain_slot
+        request.is_write = piece.kind == "write"
+        request.is_direct = piece.direct
+
+    def _slots_of(self, file: IoFile) -> tuple[int, int]:
+        """Return the registered files of ``file``; the table is full after 128 files, the rest goes by descriptor."""
+        slots = self._slots.get(file)
+        if slots is None:
+            slots = self._slots[file] = (
+                self._add_fd(file.direct_fd),
+                self._add_fd(file.buffered_fd),
+            )
+        return slots
+
+    def _add_fd(self, fd: int) -> int:
+        return (
+            max(int(self._native.lib.memopt_uring_add_file(self._ring, fd)), -1) if fd >= 0 else -1
+        )
+
+    def detach(self, file: IoFile) -> None:
+        """Forget ``file``: a registered file keeps its disk space even when it is closed."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        with self._gate:
+            for slot in self._slots.pop(file, ()):
+                if slot >= 0 and not self._closed:
+                    self._native.lib.memopt_uring_remove_file(self._ring, slot)
+
+    def register_buffers(self, buffers: Sequence[Buffer]) -> str:
+        """Map long-lived buffers once; return "" or why that was not possible (often the limit of locked memory)."""
+        self._check_usable()
+        for buffer in buffers:
+            view = view_of(buffer, writable=False)
+            rc = (
+                self._native.lib.memopt_uring_add_buffer(self._ring, view.address, view.nbytes)
+                if view.nbytes
+                else 0
+            )
+            if rc < 0:
+                return f"{os.strerror(-rc)} while registering {view.nbytes} bytes (see `ulimit -l`)"
+        return ""
+
+    def unregister_buffers(self) -> None:
+        """Forget all registered buffers. Transfers in flight are waited for first."""
+        self._check_usable()
+        for ticket in self._snapshot():
+            ticket._finished(None)
+        self._native.lib.memopt_uring_remove_buffers(self._ring)
+
+    def counters(self) -> UringCounters:
+        """Return what the ring did so far."""
+        out = self._native.ffi.new("memopt_uring_counters *")
+        self._native.lib.memopt_uring_count(self._ring, out)
+        return UringCounters(**{name: int(getattr(out, name)) for name in UringCounters.__slots__})
+
+    def inject(self, result: int = 0, *, skip: int = 0, count: int = 0, max_bytes: int = 0) -> None:
+        """For tests: let ``count`` completions report ``result``, and cap what one block asks of the kernel."""
+        self._native.lib.memopt_uring_inject(self._ring, result, skip, count, max_bytes)
+
+    def _shut_down(self) -> None:
+        self._slots.clear()
+        self._finalizer()
+
+
+def _release(native: Any, ring: Any, pid: int) -> None:
+    """Free the ring; in a forked child only the child's descriptors, since the thread stayed with the parent."""
+    if os.getpid() == pid:
+        native.lib.memopt_uring_close(ring)
+    else:
+        native.lib.memopt_uring_abandon(ring)
+
+
+def _probe(engine: UringEngine, directory: str | os.PathLike[str] | None) -> None:
+    if directory is None:
+        fd = os.memfd_create("memopt-probe", os.MFD_CLOEXEC)
+        file = IoFile(path="(memory file)", buffered_fd=fd)
+    else:
+        file = create_unlinked(directory)
+    pattern, back = os.urandom(file.unit_bytes), bytearray(file.unit_bytes)
+    try:
+        engine.write(file, 0, pattern).wait()
+        engine.read(file, 0, back).wait()
+    finally:
+        engine.detach(file)
+        file.close()
+    if back != pattern:
+        raise OSError(errno.EIO, "the block that came back is not the one that was written")
