@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 import memopt
-from memopt.cli.demo import demo
-from memopt.cli.report import report
+from memopt.cli.demo import demo_command
+from memopt.cli.report import report_command
 from memopt.types.errors import ConfigError
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     """Train inside a byte budget: device, host and SSD."""
 
 
-main.add_command(demo)
-main.add_command(report)
+main.add_command(demo_command)
+main.add_command(report_command)
 
 __all__ = ["main"]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _NEEDS = ("transformers", "matplotlib")
 
 
-@click.command()
+@click.command("demo")
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
@@ -49,7 +49,7 @@ _NEEDS = ("transformers", "matplotlib")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON; progress goes to stderr."
 )
-def demo(output: Path, steps: int, share: float, *, as_json: bool) -> None:
+def demo_command(output: Path, steps: int, share: float, *, as_json: bool) -> None:
     """Train a small Llama plain and in 40 % of the memory; compare them bit by bit."""
     from rich.console import Console
 

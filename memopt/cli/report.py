@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command("report")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def report(file: Path, *, as_json: bool) -> None:
+def report_command(file: Path, *, as_json: bool) -> None:
     """Show the report in FILE (written by `run.report().save(FILE)`)."""
     from memopt.report import RunReport
 

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+
+import click
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from memopt.cli import demo as demo_module
+from memopt.cli import main
+from memopt.cli.demo_worker import DemoConfig, batches, training_text
+
+pytest.importorskip("transformers", reason="the demo trains a transformers model")
+pytest.importorskip("matplotlib", reason="the demo draws a picture")
+
+# The demo's own shapes, made small; activations still outweigh parameters, so that 40 % is reachable.
+SMALL = DemoConfig(
+    num_steps=3,
+    num_layers=10,
+    hidden_size=48,
+    intermediate_size=128,
+    num_heads=4,
+    sequence_length=256,
+)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return demo_module.run_both(SMALL, 0.4, tmp_path_factory.mktemp("demo"), quiet())
+
+
+def test_the_two_runs_agree_to_the_last_bit_inside_the_budget(result):
+    assert result["losses_equal"]
+    assert result["weights_equal"]
+    assert result["within_budget"]
+    assert result["memopt"]["accounted_peak_bytes"] <= 0.4 * result["plain"]["accounted_peak_bytes"]
+    for name in ("plain", "memopt"):
+        assert len(result[name]["losses"]) == SMALL.num_steps
+    assert result["plain"]["losses"][-1] < result["plain"]["losses"][0]
+
+
+def test_memory_over_time_reaches_the_peak(result):
+    for name in ("plain", "memopt"):
+        samples = result[name]["samples"]
+        seconds = [sample[0] for sample in samples]
+        assert seconds == sorted(seconds)
+        highest = max(sample[1] for sample in samples)
+        assert highest <= result[name]["accounted_peak_bytes"]
+        assert highest >= 0.9 * result[name]["accounted_peak_bytes"]
+
+
+def test_figure_and_tables_show_the_run(result, tmp_path):
+    demo_module._write(result, tmp_path)
+    picture = (tmp_path / "memory.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 10_000
+    assert (
+        json.loads((tmp_path / "demo.json").read_text())["budget_bytes"] == result["budget_bytes"]
+    )
+    console = Console(file=io.StringIO(), width=120)
+    console.print(demo_module.loss_table(result))
+    console.print(demo_module.memory_table(result))
+    text = console.file.getvalue()
+    assert text.count(" yes ") == SMALL.num_steps
+    assert f"{result['plain']['losses'][0]:.7f}" in text
+
+
+def test_one_bit_in_one_loss_is_told(result, monkeypatch, tmp_path):
+    import math
+
+    changed = json.loads(json.dumps(result))
+    losses = changed["memopt"]["losses"]
+    losses[1] = math.nextafter(losses[1], 0)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(demo_module.loss_table(changed))
+    assert console.file.getvalue().count(" NO ") == 1
+    assert demo_module._bits(losses) != demo_module._bits(result["memopt"]["losses"])
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("losses_equal", "the losses differ"),
+        ("weights_equal", "the weights differ"),
+        ("within_budget", "is above the budget"),
+    ],
+)
+def test_the_command_fails_when_the_claim_does(result, monkeypatch, tmp_path, key, message):
+    monkeypatch.setattr(demo_module, "run_both", lambda *_: {**result, key: False})
+    ran = CliRunner().invoke(main, ["demo", "--output", str(tmp_path), "--json"])
+    assert ran.exit_code == 1
+    assert message in ran.output
+
+
+def test_json_is_one_document_on_stdout(result, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo_module, "run_both", lambda *_: result)
+    ran = CliRunner().invoke(main, ["demo", "--output", str(tmp_path), "--json"])
+    assert ran.exit_code == 0
+    document = json.loads(ran.stdout)
+    assert document["losses_equal"] is True
+    assert "samples" not in document["plain"]
+
+
+def test_a_worker_that_fails_shows_its_own_words():
+    bad = replace(SMALL, hidden_size=50)  # not divisible by the heads
+    with pytest.raises(
+        click.ClickException, match=r"the plain run ended with status 1(.|\n)*multiple"
+    ):
+        demo_module.run_worker(bad, "plain", quiet())
+
+
+def test_both_runs_see_the_same_batches_of_the_standard_library():
+    first, second = (list(batches(SMALL)) for _ in range(2))
+    assert all((a == b).all() for a, b in zip(first, second, strict=True))
+    assert first[0].shape == (SMALL.batch_size, SMALL.sequence_length)
+    assert b"import" in training_text().numpy().tobytes()
+
+
+def test_the_demo_is_as_large_as_promised():
+    from memopt.cli.demo_worker import build_model
+
+    config = DemoConfig()
+    num_parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
+    assert 10e6 <= num_parameters <= 20e6
+    assert config.num_layers >= 10
+    assert config.batch_size * config.sequence_length >= 4096
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path):
+    ran = CliRunner().invoke(main, ["demo", "--output", str(tmp_path), "--json"])
+    assert ran.exit_code == 0, ran.output
