@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 from memopt.plan.simulate import predict, predict_plain
+from memopt.plan.smallest import smallest_budget
+from memopt.plan.solve import solve_greedy
 from memopt.plan.uniform import uniform_plan
 
-__all__ = ["predict", "predict_plain", "uniform_plan"]
+__all__ = ["predict", "predict_plain", "smallest_budget", "solve_greedy", "uniform_plan"]

@@ -1,0 +1,183 @@
+"""The greedy solver: most time saved per byte first, every step checked by simulation.
+
+What has to be chosen. Per region and op output: device, host, SSD or recompute; per region: untouched or not, and
+where its input stands; per step: the window of outgoing bytes. Three resources are scarce, and each is spent where it
+costs least:
+
+- Link time that compute hides. It is there in every region's forward, so a choice made in m of n regions is spread
+  evenly over them. Storing one output in some regions only is the whole-tensor form of MEMO's alpha (arXiv
+  2407.12117, section 4.1), which stores a fraction of the tokens in every region.
+- Device bytes over the timeline. What region i keeps stands until its backward ends, and gradients that do not exist
+  yet leave room: late regions are freed first. The limits are nested (what stands at the backward of region k is what
+  regions 0..k keep), so bytes are given to the latest region that still has use for them, and the last regions may
+  run untouched.
+- Host and SSD bytes: a cap on the sum.
+
+Order of work: outputs by recompute time saved per byte. Each goes to host (then SSD) in as many regions as the link
+hides, else to the device where room is left; a second pass lets transfers be exposed where recomputing costs more.
+How many regions are untouched, how many inputs leave, and the window are searched around that, one at a time, until
+none helps; then single placements are moved, swapped or raised. All counts are bounded by numbers of simulations,
+never by a clock: equal inputs give equal plans.
+
+Attention comes first by its density (nearly all of a region's time in few bytes), and is stored where it costs
+nothing even if no time was measured for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from memopt.plan.cost import Choice, RegionModel, StepModel
+from memopt.plan.simulate import Settings
+from memopt.plan.smallest import Candidate, Limits, evaluate
+from memopt.types.plan import Placement
+
+UNBOUNDED = 1 << 62
+HIDDEN_S = 1e-9  # waits below this are rounding
+
+
+@dataclass(frozen=True)
+class Item:
+    """One op output of one kind of region: the unit of choice."""
+
+    model: RegionModel
+    index: int
+    gain_s: float
+    nbytes: int
+    regions: tuple[int, ...]
+
+
+def items_of(model: StepModel) -> list[Item]:
+    """Return the outputs worth storing, best first: time saved per byte, attention before others at equal worth."""
+    found: list[Item] = []
+    distinct = {id(m): m for m in model.models}
+    for region_model in distinct.values():
+        regions = tuple(k for k, m in enumerate(model.models) if m is region_model)
+        for index, (op, gain) in enumerate(zip(region_model.region.ops, region_model.gains_s, strict=True)):
+            if op.placeable and op.nbytes > 0 and (gain > 0 or op.kind == "attention"):
+                found.append(Item(region_model, index, gain, op.nbytes, regions))
+    return sorted(
+        found,
+        key=lambda i: (-i.gain_s / i.nbytes, i.model.region.ops[i.index].kind != "attention", i.regions[0], i.index),
+    )
+
+
+def spread(places: Sequence[int], count: int) -> list[int]:
+    """Return `count` of `places`, evenly apart."""
+    return [places[(2 * j + 1) * len(places) // (2 * count)] for j in range(count)]
+
+
+def placed(choices: Sequence[Choice], regions: Sequence[int], index: int, where: Placement) -> list[Choice]:
+    """Return `choices` with output `index` of the given regions at `where`."""
+    changed = list(choices)
+    for k in regions:
+        ops = changed[k].ops
+        changed[k] = replace(changed[k], ops=(*ops[:index], where, *ops[index + 1 :]))
+    return changed
+
+
+class Search:
+    """The state shared by all passes: model, limits, and how many simulations were spent."""
+
+    def __init__(self, model: StepModel, limits: Limits, max_simulations: int) -> None:
+        self.model, self.limits = model, limits
+        self.items = items_of(model)
+        self.max_simulations = max_simulations
+        self.num_simulations = 0
+        self.on_cpu = model.hardware.device == "cpu"
+        self.media: list[Placement] = []
+        if limits.host_bytes > 0 and not self.on_cpu:
+            self.media.append("host")
+        if limits.ssd_bytes > 0 and model.hardware.ssd_write_bytes_per_s > 0:
+            self.media.append("ssd")
+
+    @property
+    def spent(self) -> bool:
+        """Whether the bound on simulations is reached."""
+        return self.num_simulations >= self.max_simulations
+
+    def evaluate(self, choices: Sequence[Choice], settings: Settings) -> Candidate | None:
+        """Return the candidate if it stays inside the limits."""
+        self.num_simulations += 1
+        candidate = evaluate(self.model, choices, settings)
+        return candidate if self.limits.hold(candidate.timeline) else None
+
+    def fill(self, start: Candidate) -> Candidate:
+        """Return `start` with as many outputs stored as pays, in two passes."""
+        best = start
+        for item in self.items:
+            for where in (*(() if self.on_cpu else self.media), "device"):
+                best = self.store(best, item, where, hidden=where != "device")
+        for item in self.items:
+            for where in self.media:
+                best = self.store(best, item, where, hidden=False)
+        return best
+
+    def store(self, best: Candidate, item: Item, where: Placement, *, hidden: bool) -> Candidate:
+        """Return `best` with `item` stored at `where` in the number of regions that serves best.
+
+        `hidden` asks that no wait be added; otherwise the step must get shorter (or stay as short, for attention).
+        """
+        free = [
+            k for k in item.regions if not best.choices[k].plain and best.choices[k].ops[item.index] == "recompute"
+        ]
+        if where != "device" and hidden:
+            free = self.not_first_in_backward(best, free)
+        if not free:
+            return best
+        exposed_s = best.timeline.exposed_s + HIDDEN_S
+
+        def attempt(count: int) -> Candidate | None:
+            regions = free[-count:] if where == "device" else spread(free, count)
+            got = self.evaluate(placed(best.choices, regions, item.index, where), best.settings)
+            if got is None or (hidden and got.timeline.exposed_s > exposed_s):
+                return None
+            return got
+
+        if where == "device" or hidden:
+            found = largest_count(attempt, len(free))
+        else:
+            found = self.steepest(attempt, len(free), best)
+        if found is None or found.timeline.step_s > best.timeline.step_s:
+            return best
+        return found
+
+    def not_first_in_backward(self, best: Candidate, regions: list[int]) -> list[int]:
+        """Leave out the region whose recompute comes first: nothing can fetch ahead for it."""
+        moved = [k for k, c in enumerate(best.choices) if not c.plain]
+        return [k for k in regions if k != moved[-1]]
+
+    def steepest(
+        self, attempt: Callable[[int], Candidate | None], count: int, best: Candidate
+    ) -> Candidate | None:
+        """Return the shortest step over 1..count, taking the step's length for convex in the count."""
+        low, high = 0, count
+
+        def step_s(m: int) -> float:
+            got = attempt(m) if m else best
+            return got.timeline.step_s if got is not None else float("inf")
+
+        while low < high and not self.spent:
+            middle = (low + high) // 2
+            if step_s(middle + 1) < step_s(middle):
+                low = middle + 1
+            else:
+                high = middle
+        return attempt(low) if low else None
+
+
+def largest_count(attempt: Callable[[int], Candidate | None], count: int) -> Candidate | None:
+    """Return the attempt with the largest count that succeeds, taking success for monotone."""
+    found = attempt(count)
+    if found is not None:
+        return found
+    low, high = 0, count
+    while high - low > 1:
+        middle = (low + high) // 2
+        got = attempt(middle)
+        if got is None:
+            high = middle
+        else:
+            low, found = middle, got
+    return found

@@ -1,0 +1,174 @@
+"""The smallest device budget that some plan keeps, and the plan that does.
+
+Everything is recomputed and only region inputs stand, so one question is left: which inputs stay on the device. An
+input that leaves is a standing byte less for every later phase, but what is on its way out and what comes back early
+holds device bytes too. The earlier a region, the more phases its input stands in: so the candidates send the inputs
+of the first k regions away, k from 0 to all, into host memory as far as it goes and onto SSD after that. The
+untouched step is a candidate too: with one region it can be the smallest.
+
+`smallest_budget` and the solver use the same candidates, so a budget that the one names the other meets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from memopt.plan.cost import Choice, StepModel, aligned, build, slack_of, usable_bytes
+from memopt.plan.simulate import TERMS, Settings, Timeline, loads_of, simulate
+from memopt.types.errors import BudgetError
+from memopt.types.hardware import Hardware
+from memopt.types.plan import Placement
+from memopt.types.sizes import format_bytes
+from memopt.types.trace import StepTrace
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan may use: `device_bytes` with the slack already taken off."""
+
+    device_bytes: int
+    host_bytes: int
+    ssd_bytes: int
+
+    def hold(self, timeline: Timeline) -> bool:
+        """Return whether a simulated step stays inside all three."""
+        return (
+            timeline.device_bytes <= self.device_bytes
+            and timeline.host_bytes <= self.host_bytes
+            and timeline.ssd_bytes <= self.ssd_bytes
+        )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A complete assignment with what it takes."""
+
+    choices: tuple[Choice, ...]
+    settings: Settings
+    timeline: Timeline
+
+
+def evaluate(model: StepModel, choices: Sequence[Choice], settings: Settings) -> Candidate:
+    """Return the Candidate of these choices."""
+    return Candidate(tuple(choices), settings, simulate(model, loads_of(model, choices), settings))
+
+
+def plain_choices(model: StepModel, since: int = 0) -> list[Choice]:
+    """Return everything recomputed before region `since` and plain from there on."""
+    return [
+        Choice(k >= since, "device", ("recompute",) * len(region.region.ops))
+        for k, region in enumerate(model.models)
+    ]
+
+
+def away(model: StepModel, host_bytes: int, ssd_bytes: int) -> list[Placement]:
+    """Return where each input would leave to, the first regions first; "device" where no room is left."""
+    on_cpu = model.hardware.device == "cpu"
+    left = {"host": 0 if on_cpu else host_bytes, "ssd": ssd_bytes if model.hardware.ssd_write_bytes_per_s > 0 else 0}
+    placements: list[Placement] = []
+    for region in model.models:
+        size = aligned(region.region.input_nbytes)
+        chosen: Placement = "device"
+        for medium in ("host", "ssd"):
+            if chosen == "device" and size <= left[medium]:
+                left[medium] -= size
+                chosen = "host" if medium == "host" else "ssd"
+        placements.append(chosen)
+    return placements
+
+
+def with_inputs(choices: Sequence[Choice], inputs: Sequence[Placement], count: int) -> list[Choice]:
+    """Return `choices` with the inputs of the first `count` regions that are not plain where `inputs` says."""
+    return [
+        Choice(False, inputs[k], c.ops) if k < count and not c.plain else c for k, c in enumerate(choices)
+    ]
+
+
+def smallest_candidates(model: StepModel, host_bytes: int, ssd_bytes: int) -> Iterator[Candidate]:
+    """Yield the candidates for the smallest device peak that stay inside host and SSD budgets."""
+    limits = Limits(1 << 62, host_bytes, ssd_bytes)
+    inputs = away(model, host_bytes, ssd_bytes)
+    largest = max(1, max(r.region.input_nbytes for r in model.models))
+    recompute = plain_choices(model, since=len(model.models))
+    yield evaluate(model, plain_choices(model), Settings(largest, largest))
+    outsides: list[Placement] = ["device"]
+    if model.outside_bytes:
+        outsides += ["ssd"] if model.hardware.device == "cpu" else ["host", "ssd"]
+    for outside in outsides:
+        if outside == "ssd" and model.hardware.ssd_write_bytes_per_s <= 0:
+            continue
+        for count in range(len(recompute) + 1):
+            if count and inputs[count - 1] == "device":
+                continue
+            candidate = evaluate(
+                model, with_inputs(recompute, inputs, count), Settings(largest, largest, outside)
+            )
+            if limits.hold(candidate.timeline):
+                yield candidate
+
+
+def smallest_candidate(model: StepModel, host_bytes: int, ssd_bytes: int) -> Candidate:
+    """Return the candidate with the smallest device peak; the faster one, then the first, of equals."""
+    return min(
+        smallest_candidates(model, host_bytes, ssd_bytes),
+        key=lambda c: (c.timeline.device_bytes, c.timeline.step_s),
+    )
+
+
+def budget_for(peak_bytes: int, slack: float) -> int:
+    """Return the smallest whole number of MiB of which a plan with this peak is allowed."""
+    mib = max(1, int(peak_bytes / (1.0 - slack)) // MIB - 1)
+    while usable_bytes(mib * MIB, slack) < peak_bytes:
+        mib += 1
+    return mib * MIB
+
+
+def smallest_budget(
+    trace: StepTrace, hardware: Hardware, *, host_bytes: int = 0, ssd_bytes: int = 0, slack: float | None = None
+) -> int:
+    """Return the smallest device budget, in bytes and whole MiB, that `solve_greedy` accepts.
+
+    Args:
+        trace: the step.
+        hardware: the machine's rates.
+        host_bytes: host memory that plans may use.
+        ssd_bytes: SSD room that plans may use.
+        slack: share of the device budget left free; by default what `slack_of` says of the device.
+    """
+    model = build(trace, hardware)
+    found = smallest_candidate(model, host_bytes, ssd_bytes)
+    return budget_for(found.timeline.device_bytes, slack_of(trace.device) if slack is None else slack)
+
+
+def refuse(model: StepModel, candidate: Candidate, device_bytes: int, slack: float) -> BudgetError:
+    """Return the error that names the smallest budget and what it consists of."""
+    timeline = candidate.timeline
+    worst = timeline.levels.index(timeline.device_bytes)
+    parts = [
+        f"{name} {format_bytes(nbytes)}" for name, nbytes in zip(TERMS, timeline.terms[worst], strict=True) if nbytes
+    ]
+    needed = budget_for(timeline.device_bytes, slack)
+    return BudgetError(
+        f"a device budget of {format_bytes(device_bytes)} cannot be met: the smallest that works is "
+        f"{needed // MIB} MiB ({needed} bytes), of which {slack:.0%} stays free for fragmentation. "
+        f"Its peak of {format_bytes(timeline.device_bytes)} is at {phase_name(model, worst)}: {', '.join(parts)} "
+        f"(parameters {format_bytes(model.trace.param_bytes)}, gradients {format_bytes(model.trace.grad_bytes)}, "
+        f"optimizer state {format_bytes(model.trace.optimizer_bytes)}). "
+        "Raise the device budget, give host memory or SSD, or make the batch smaller."
+    )
+
+
+def phase_name(model: StepModel, index: int) -> str:
+    """Return the words for a phase of a Timeline's levels."""
+    regions = model.trace.regions
+    count = len(regions)
+    if index < count:
+        return f"the forward of {regions[index].name}"
+    if index == count:
+        return "the turning point between forward and backward"
+    if index <= 2 * count:
+        return f"the backward of {regions[2 * count - index].name}"
+    return "the end of the backward" if index == 2 * count + 1 else "the optimizer's step"
