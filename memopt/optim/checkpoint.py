@@ -1,0 +1,102 @@
+"""Loading state without casting it, and rebuilding what a checkpoint does not carry.
+
+`torch.optim.Optimizer.load_state_dict` casts floating-point state to the parameter's dtype and
+gives no way out: with bfloat16 weights it turns uint8 codes and float32 scales into bfloat16, and
+the number 20000001 into 20054016. So the loading is done here, with torch's hooks and checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memopt.optim.group_state import COMPENSATION, STEP, GroupState
+from memopt.optim.tensors import local_part
+
+if TYPE_CHECKING:
+    from memopt.optim.frugal import Frugal
+
+
+def load(optimizer: Frugal, state_dict: Mapping[str, Any]) -> None:
+    """Load a state dict into an optimizer with the same parameters."""
+    loaded = dict(state_dict)
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        replaced = pre_hook(optimizer, loaded)
+        loaded = loaded if replaced is None else replaced
+    groups, saved_groups = optimizer.param_groups, loaded["param_groups"]
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
+        raise ValueError(
+            f"the state has parameter groups of sizes {[len(g['params']) for g in saved_groups]},"
+            f" this optimizer {[len(g['params']) for g in groups]}: build it with the same groups"
+        )
+    by_id = {}
+    for group, saved in zip(groups, saved_groups, strict=True):
+        by_id.update(zip(saved["params"], group["params"], strict=True))
+        missing = sorted(group.keys() - saved.keys() - {"param_names"})
+        if missing:
+            raise ValueError(f"the state is not one of Frugal: its groups lack {missing}")
+        group.update({k: v for k, v in saved.items() if k != "params"})
+    optimizer.state.clear()
+    optimizer._groups = {}
+    for key, values in loaded["state"].items():
+        param = by_id[key] if not isinstance(key, Tensor) else key
+        optimizer.state[param] = {k: _placed(v, param) for k, v in values.items()}
+    rebuild_groups(optimizer)
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def _placed(value: Any, param: Tensor) -> Any:
+    """Bring a state tensor to the parameter's device, in its own dtype, as a copy."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 0:
+        return value.item()
+    return local_part(value).detach().to(device=local_part(param).device, copy=True)
+
+
+@torch.no_grad()
+def rebuild_groups(optimizer: Frugal) -> None:
+    """Build arenas for the state that an optimizer has (after a load, a copy or an unpickling)."""
+    for index, group in enumerate(optimizer.param_groups):
+        members = [param for param in group["params"] if param in optimizer.state]
+        if members:
+            names = optimizer._names(index)
+            optimizer._groups[index] = GroupState(group, optimizer.state, members, names)
+
+
+@torch.no_grad()
+def regroup(old: GroupState, members: Sequence[Tensor], names: dict[Tensor, str]) -> GroupState:
+    """Rebuild a group that has got more parameters; what had state keeps it where it still fits."""
+    kept: dict[Tensor, tuple[int, Any]] = {}
+    for param in old.home:
+        values = old.state.pop(param)
+        kept[param] = (values[STEP], values.get(COMPENSATION))
+    new = GroupState(old.group, old.state, members, names)
+    settings = new.settings()
+    for bucket in (*old.buckets, *new.buckets):
+        if bucket.generation == 0:
+            bucket.restore(settings, old.group["round"], old.group["active_density"])
+    new.stepped, new.open = old.stepped, old.open
+    for param, (bucket, i) in new.home.items():
+        if param not in old.home:
+            continue
+        before, j = old.home[param]
+        old_part, new_part = before.parts[j], bucket.parts[i]
+        step, compensation = kept[param]
+        if compensation is not None:
+            new.state[param][COMPENSATION] = compensation
+        if old_part is None or new_part is None or type(old_part) is not type(new_part):
+            continue
+        new.state[param][STEP] = step
+        start, dtype = before.offsets[j], torch.float32 if before.arena.quantized else before.dtype
+        values = before.arena.load(start, start + old_part.num_slots, dtype)
+        carried = [
+            new_part.carry(old_part, value, signed=moment.signed)
+            for moment, value in zip(before.arena.moments, values, strict=True)
+        ]
+        bucket.arena.save(bucket.offsets[i], carried, None)
+    return new

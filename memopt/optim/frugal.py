@@ -1,0 +1,302 @@
+"""FRUGAL: full-rank updates with a fraction of the optimizer state (arXiv 2411.07837, ICML 2025).
+
+Each parameter of a *split* group is divided, anew every `update_gap` steps, into a part that a
+state-full rule (AdamW) updates and a rest that a state-free rule (signSGD) updates:
+
+    w <- w (1 - lr weight_decay)                              the whole tensor, first
+    w <- w - lr state_full_lr_scale AdamW(g)                  on the chosen part
+    w <- w - lr state_free_lr_scale f(g without that part)    on the rest
+
+How this differs from the paper's code: the budget counts elements, not tensors; the state lives in
+one arena that is reused at every switch; selections depend on (seed, round, name) only; for
+subspaces the state-free update stays out of the state-full part (`complement="exact"`).
+The two scales are independent (the paper's code multiplies them: its free one is our product).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, cast, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from memopt.optim import checkpoint
+from memopt.optim.execute import update_params
+from memopt.optim.group_state import CLOCK, GroupState
+from memopt.optim.rules import state_free_rule, state_full_rule
+from memopt.optim.settings import Settings
+from memopt.optim.tensors import local_part
+
+IMPLEMENTATIONS = ("auto", "native", "foreach", "reference")
+
+
+class Frugal(Optimizer):
+    """A split optimizer; see the module's text for the update and `docs/frugal.md` for choices.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups of either; a group may carry any
+            argument below as its own setting, and `split=False` to keep state for all of it.
+        lr: learning rate of the whole group; a tensor is allowed.
+        betas: AdamW's and Lion's coefficients; sgdm uses the first as its momentum.
+        eps: added to AdamW's denominator.
+        weight_decay: decoupled, at the group's learning rate, never scaled.
+        density: share of the elements that have state, in [0, 1].
+        update_gap: steps between switches.
+        selection: "blocks" | "columns" | "rows" | "coordinates" | "svd" | "random" | "randperm".
+        state_full: "adamw" | "lion" | "sgdm", or a registered rule.
+        state_free: "sign" | "sgd" | "column_normalized" | "none", or a registered rule.
+        state_full_lr_scale: factor on lr for the chosen part.
+        state_free_lr_scale: factor on lr for the rest.
+        on_switch: "reset" zeroes all moments and counters of split parameters; "project" carries
+            what stays chosen; "keep" (svd and random only) leaves them as they are, as GaLore does.
+        order: order of blocks: "random" | "ascending" | "descending" | "mirror".
+        complement: "exact", or "reference" to let the state-free update leak into a subspace.
+        quantize: "8bit" stores moments in blocks of 256.
+        rounding: of bfloat16 weights and moments: "nearest", "stochastic"; "kahan" keeps the error
+            of the weights in a tensor of their size.
+        capturable: the step may be captured in a CUDA graph; see `begin_step`.
+        seed: of the selections.
+        impl: "native" (CUDA), "foreach", "reference"; "auto" takes native where it can run.
+        maximize: ascend.
+        foreach: True is impl="foreach", False impl="reference", for torch's sake.
+        arena_density: the largest density that a schedule will set; default `density`.
+
+    Raises:
+        ValueError: for a setting out of range, complex parameters or sparse gradients.
+    """
+
+    def __init__(  # noqa: PLR0913 - torch's optimizers take their settings as arguments
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        density: float = 0.25,
+        update_gap: int = 200,
+        selection: str = "blocks",
+        state_full: str = "adamw",
+        state_free: str = "sign",
+        state_full_lr_scale: float = 1.0,
+        state_free_lr_scale: float = 1.0,
+        on_switch: str = "reset",
+        order: str = "random",
+        complement: str = "exact",
+        quantize: str | None = None,
+        rounding: str = "nearest",
+        capturable: bool = False,
+        seed: int = 0,
+        impl: str = "auto",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        arena_density: float | None = None,
+    ) -> None:
+        if foreach is not None and impl == "auto":
+            impl = "foreach" if foreach else "reference"
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl={impl!r} is not known: choose one of {IMPLEMENTATIONS}")
+        self._impl = impl
+        self._groups: dict[int, GroupState] = {}
+        self._probed = False
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "density": density,
+            "update_gap": update_gap, "selection": selection, "state_full": state_full,
+            "state_free": state_free, "state_full_lr_scale": state_full_lr_scale,
+            "state_free_lr_scale": state_free_lr_scale, "on_switch": on_switch, "order": order,
+            "complement": complement, "quantize": quantize, "rounding": rounding,
+            "capturable": capturable, "maximize": maximize, "seed": seed, "split": True,
+            "arena_density": arena_density, **CLOCK,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    # ------------------------------------------------------------------ groups
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its dict may carry any of the constructor's settings and `split`."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            if group["arena_density"] is None:
+                group["arena_density"] = group["density"]
+            settings = Settings.of(group)
+            state_full_rule(settings.state_full)
+            state_free_rule(settings.state_free)
+            for param in group["params"]:
+                _check_param(param, settings)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _names(self, index: int) -> dict[Tensor, str]:
+        """Return the names selections depend on: from `named_parameters`, else "group.position"."""
+        group = self.param_groups[index]
+        given = group.get("param_names")
+        names = given or [f"{index}.{i}" for i in range(len(group["params"]))]
+        return dict(zip(group["params"], names, strict=True))
+
+    def _group_state(self, index: int, present: Iterable[Tensor]) -> GroupState:
+        """Return the group at work; built at its first gradient, and again for thawed parameters."""
+        group = self.param_groups[index]
+        found = self._groups.get(index)
+        if found is not None and all(param in found.home for param in present):
+            return found
+        known = set(present) | {p for p in group["params"] if p.requires_grad or p in self.state}
+        members = [param for param in group["params"] if param in known]
+        if found is None:
+            built = GroupState(group, self.state, members, self._names(index))
+        else:
+            built = checkpoint.regroup(found, members, self._names(index))
+        self._groups[index] = built
+        return built
+
+    # ------------------------------------------------------------------ stepping
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update all parameters that have a gradient and were not stepped partially; end the call."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._is_probe():
+            return loss
+        for index, group in enumerate(self.param_groups):
+            self._step_group(index, [p for p in group["params"] if p.grad is not None])
+            found = self._groups.get(index)
+            if found is not None and found.open:
+                found.end_call()
+        return loss
+
+    @torch.no_grad()
+    def step_partial(self, params: Iterable[Tensor]) -> None:
+        """Update some parameters now, as part of the step that the next `step()` ends.
+
+        The first partial step opens the call (and switches, if that is due). `step()` then skips
+        what has been stepped, also if its gradient is still there. Gradients must be complete.
+
+        Raises:
+            ValueError: for a parameter that is not this optimizer's, has no gradient, or has been
+                stepped in this call.
+        """
+        wanted = list(params)
+        where = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        for param in wanted:
+            if param not in where:
+                raise ValueError("step_partial got a parameter that this optimizer does not have")
+            if param.grad is None:
+                raise ValueError("step_partial got a parameter without a gradient")
+            found = self._groups.get(where[param])
+            if found is not None and param in found.stepped:
+                raise ValueError("a parameter can be stepped once in a step: call step() to end it")
+        for index in sorted({where[param] for param in wanted}):
+            self._step_group(index, [param for param in wanted if where[param] == index])
+
+    def _step_group(self, index: int, params: list[Tensor]) -> None:
+        found = self._groups.get(index)
+        if found is not None:
+            params = [param for param in params if param not in found.stepped]
+        if not params:
+            return
+        for param in params:
+            _check_grad(param)
+        state = self._group_state(index, params)
+        state.begin_call()
+        update_params(state, params, self._impl)
+        state.stepped.update(params)
+
+    def _is_probe(self) -> bool:
+        """Handle the first step of a checkpoint library that wants to see the state's keys.
+
+        `torch.distributed.checkpoint` calls `step()` with all-zero gradients on an empty optimizer.
+        Nothing is chosen or counted then; `state_dict()` shows the keys from now on. The update of
+        an all-zero first gradient is the weight decay alone, for every rule.
+        """
+        if self.state or self._groups:
+            return False
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params or any(bool(local_part(p.grad).any()) for p in params):  # type: ignore[arg-type]
+            return False
+        self._probed = True
+        for group in self.param_groups:
+            factor = 1 - float(group["lr"]) * group["weight_decay"]
+            for param in group["params"]:
+                if param.grad is not None and factor != 1:
+                    local_part(param).mul_(factor)
+        return True
+
+    # ------------------------------------------------------------------ looking inside
+    def state_full_mask(self, param: Tensor) -> Tensor:
+        """Return which elements of a parameter have state in the current round: bool, its shape.
+
+        Raises:
+            ValueError: before the first step, and for svd and random, which select a subspace.
+        """
+        for found in self._groups.values():
+            if param in found.home:
+                bucket, i = found.home[param]
+                part, entry = bucket.parts[i], bucket.entries[i]
+                if part is not None:
+                    return part.mask(entry.rows, entry.columns).view(local_part(param).shape)
+        raise ValueError("the parameter has no state yet: masks exist from the first step on")
+
+    def state_bytes(self) -> int:
+        """Return the bytes of optimizer state that are allocated."""
+        return sum(found.num_bytes() for found in self._groups.values())
+
+    def move_state(self, device: torch.device | str | None) -> None:
+        """Move all state to `device` between two steps; None brings it back beside the parameters.
+
+        `step()` brings it back by itself.
+        """
+        for found in self._groups.values():
+            found.move(None if device is None else torch.device(device))
+
+    # ------------------------------------------------------------------ saving and loading
+    def state_dict(self) -> dict[str, Any]:
+        """Return settings, clock and state: tensors and plain values; fixed keys and shapes.
+
+        Raises:
+            RuntimeError: between `step_partial` and the `step()` that ends the call.
+        """
+        if any(found.open for found in self._groups.values()):
+            raise RuntimeError("a partial step is open: call step() before state_dict()")
+        if self._probed and not self._groups:
+            for index, group in enumerate(self.param_groups):
+                self._group_state(index, [p for p in group["params"] if p.requires_grad])
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, without casting state to the parameters' dtype."""
+        checkpoint.load(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_impl": self._impl, "_probed": self._probed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._groups = {}
+        checkpoint.rebuild_groups(self)
+
+
+def _check_param(param: Tensor, settings: Settings) -> None:
+    if param.is_complex():
+        raise ValueError(
+            f"Frugal does not take complex parameters (shape {tuple(param.shape)}): pass their real view"
+        )
+    if settings.rounding == "stochastic" and param.dtype == torch.float16:
+        raise ValueError("rounding='stochastic' is for bfloat16 weights; float16 has 'nearest', 'kahan'")
+
+
+def _check_grad(param: Tensor) -> None:
+    grad = cast(Tensor, param.grad)
+    if grad.is_sparse or grad.layout != torch.strided:
+        raise ValueError("Frugal does not take sparse gradients: use sparse=False in the embedding")
+
+
+Implementation = Literal["auto", "native", "foreach", "reference"]

@@ -1,0 +1,210 @@
+"""One parameter group at work: its clock, its buckets, and what it shows in `optimizer.state`.
+
+The clock is in the group's dict, so that checkpoints carry it: `calls` (completed steps that had a
+gradient), `round`, `last_switch` (the value of `calls` at the last switch, -1 before the first) and
+`active_density` (the density of the current round). A *call* opens with its first update, which
+switches if that is due, and is closed by `step()`; partial steps in between belong to it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.optim.arena import SCALE_SUFFIX
+from memopt.optim.bucket import BASIS, BASIS_ROUND, Bucket, Entry, make_entry
+from memopt.optim.rules import state_free_rule, state_full_rule
+from memopt.optim.settings import Settings
+from memopt.optim.tensors import local_part
+
+CLOCK: dict[str, Any] = {"calls": 0, "round": 0, "last_switch": -1, "active_density": 0.0}
+COMPENSATION, STEP = "compensation", "step"
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+class GroupState:
+    """Buckets and open call of one group.
+
+    Args:
+        group: the optimizer's group dict (held, not copied: its settings may change).
+        state: the optimizer's `state`, where slices and counters are published.
+        params: the parameters that get state, in the group's order.
+        names: name of every parameter of the group.
+    """
+
+    def __init__(
+        self, group: dict[str, Any], state: State, params: Iterable[Tensor], names: dict[Tensor, str]
+    ) -> None:
+        self.group, self.state = group, state
+        settings = self.settings()
+        rule = state_full_rule(settings.state_full)
+        by_kind: dict[tuple[object, ...], list[Entry]] = defaultdict(list)
+        for param in params:
+            entry = make_entry(param, names[param], settings)
+            local = local_part(param)
+            by_kind[local.device, local.dtype, entry.selection.pooled].append(entry)
+        self.buckets = [Bucket(entries, settings, rule) for entries in by_kind.values()]
+        self.home = {e.param: (b, i) for b in self.buckets for i, e in enumerate(b.entries)}
+        self.stepped: set[Tensor] = set()
+        self.open = False
+        self.kahan = settings.rounding == "kahan"
+        self._publish()
+
+    def settings(self) -> Settings:
+        """Read the group's settings as they are now."""
+        return Settings.of(self.group)
+
+    # ------------------------------------------------------------------ optimizer.state
+    def _views(self, bucket: Bucket, i: int) -> dict[str, Tensor]:
+        """Return the tensors of one parameter that `optimizer.state` shows."""
+        views = {name: bucket.arena.piece(name, *bucket.slices[i]) for name in bucket.arena.arrays}
+        basis = bucket.bases[i]
+        if basis is not None:
+            views[BASIS] = basis
+        return views
+
+    def _publish(self) -> None:
+        """Fill `optimizer.state`; what is there already (a checkpoint, a copy) is taken over."""
+        self._shown: dict[Tensor, dict[str, Tensor]] = {}
+        for bucket in self.buckets:
+            for i, entry in enumerate(bucket.entries):
+                shown = self.state[entry.param]
+                shown.setdefault(STEP, 0)
+                if bucket.bases[i] is not None:
+                    bucket.basis_rounds[i] = int(shown.setdefault(BASIS_ROUND, -1))
+                if self.kahan and COMPENSATION not in shown:
+                    local = local_part(entry.param)
+                    shown[COMPENSATION] = torch.zeros_like(local, memory_format=torch.contiguous_format)
+                views = self._views(bucket, i)
+                self._shown[entry.param] = views
+                self._take_over(entry, shown, views)
+
+    def _take_over(self, entry: Entry, shown: dict[str, Any], views: dict[str, Tensor]) -> None:
+        for name, view in views.items():
+            found = shown.get(name)
+            if found is not None and found is not view:
+                if found.shape != view.shape or found.dtype != view.dtype:
+                    raise ValueError(
+                        f"state {name!r} of {entry.name!r} is {found.dtype} {tuple(found.shape)},"
+                        f" this optimizer needs {view.dtype} {tuple(view.shape)}: load a state made"
+                        " with the same density, selection, state_full and quantize"
+                    )
+                view.copy_(found)
+            shown[name] = view
+
+    def refresh(self) -> None:
+        """Bring home state tensors that another component has replaced between two steps."""
+        for bucket in self.buckets:
+            for entry in bucket.entries:
+                shown, views = self.state[entry.param], self._shown[entry.param]
+                for name, view in views.items():
+                    if shown.get(name) is not view:
+                        self._take_over(entry, shown, views)
+                        break
+
+    def rebuild_after_data_swap(self) -> None:
+        """Adopt tensors whose storage was swapped (`t.data = other`): views of the arena no more."""
+        for bucket in self.buckets:
+            for i, entry in enumerate(bucket.entries):
+                for name, view in self._shown[entry.param].items():
+                    home = self._views(bucket, i)[name]
+                    if view.data_ptr() != home.data_ptr() and view.numel():
+                        home.copy_(view)
+                        view.data = home
+
+    def names(self) -> list[str]:
+        """Return the keys of a parameter's state, the same for all parameters of a bucket."""
+        return sorted({key for e in self.home for key in self.state[e]})
+
+    # ------------------------------------------------------------------ the clock
+    def begin_call(self) -> None:
+        """Open a call: switch if it is due."""
+        if self.open:
+            return
+        self.open = True
+        self.refresh()
+        self.rebuild_after_data_swap()
+        settings, group = self.settings(), self.group
+        if group["last_switch"] < 0:
+            group.update(last_switch=group["calls"], active_density=settings.current_density)
+        elif group["calls"] - group["last_switch"] >= settings.update_gap:
+            self._switch(settings)
+        for bucket in self.buckets:
+            if bucket.generation == 0:
+                bucket.restore(settings, group["round"], group["active_density"])
+
+    def _switch(self, settings: Settings) -> None:
+        group, density = self.group, settings.current_density
+        for bucket in self.buckets:
+            if bucket.generation == 0:
+                bucket.restore(settings, group["round"], group["active_density"])
+        group.update(round=group["round"] + 1, last_switch=group["calls"])
+        if density == group["active_density"] and density in (0.0, 1.0) and not self._projects():
+            return  # everything or nothing has state: there is nothing to switch
+        group["active_density"] = density
+        for bucket in self.buckets:
+            bucket.switch(settings, group["round"], self._set_step)
+
+    def _projects(self) -> bool:
+        return any(entry.selection.low_rank for b in self.buckets for entry in b.entries)
+
+    def _set_step(self, param: Tensor, step: int) -> None:
+        self.state[param][STEP] = step
+
+    def end_call(self) -> None:
+        """Close the call and count it."""
+        self.open = False
+        self.stepped.clear()
+        self.group["calls"] += 1
+
+    # ------------------------------------------------------------------ updates
+    def choose_bases(self, bucket: Bucket, indices: Iterable[int], settings: Settings) -> None:
+        """Choose the subspace of low-rank parameters: in the switch call, or for the first time."""
+        in_switch_call = self.group["calls"] == self.group["last_switch"]
+        for i in indices:
+            entry = bucket.entries[i]
+            if not entry.selection.low_rank:
+                continue
+            fresh = bucket.parts[i] is None
+            if fresh or (in_switch_call and bucket.basis_rounds[i] != self.group["round"]):
+                grad = local_part(entry.param.grad)  # type: ignore[arg-type]
+                grad = grad.reshape(entry.rows, entry.columns)
+                bucket.choose_basis(i, grad, settings, self.group["round"])
+                self.state[entry.param][BASIS_ROUND] = self.group["round"]
+
+    def num_bytes(self) -> int:
+        """Return the bytes of state: arenas, bases and compensations."""
+        total = sum(bucket.num_bytes() for bucket in self.buckets)
+        for param in self.home if self.kahan else ():
+            compensation = self.state[param][COMPENSATION]
+            total += compensation.numel() * compensation.element_size()
+        return total
+
+    def move(self, device: torch.device | None) -> None:
+        """Move the state to a device, or (None) back beside the parameters; frees what it leaves."""
+        for bucket in self.buckets:
+            target = bucket.device if device is None else device
+            if all(array.device == target for array in bucket.arena.arrays.values()):
+                continue
+            for name, array in bucket.arena.arrays.items():
+                bucket.arena.arrays[name] = array.to(target)
+            for i, entry in enumerate(bucket.entries):
+                views, shown = self._views(bucket, i), self.state[entry.param]
+                views = {k: v for k, v in views.items() if not k == BASIS}
+                shown.update(views)
+                self._shown[entry.param].update(views)
+            bucket.generation += 1
+
+
+def is_scale(name: str) -> bool:
+    """Whether a state key holds quantisation scales."""
+    return name.endswith(SCALE_SUFFIX)
+
+
+def rules_of(settings: Settings) -> tuple[Any, Any]:
+    """Return the group's rules; groups that are not split have nothing state-free."""
+    return state_full_rule(settings.state_full), state_free_rule(settings.state_free)

@@ -1,0 +1,132 @@
+"""Low-rank subspaces: singular vectors of the gradient, or a random orthonormal basis.
+
+rank = round(density * min(shape)); the right basis if out >= in, else the left one, so that the
+projection has rank * min(shape) numbers. The left basis is the right basis of the transpose: the
+part works on a transposed view and knows one case only.
+`svd` is computed in float32 from the gradient of the switch step (as GaLore, arXiv 2403.03507);
+`random` orthonormalises Gaussian vectors drawn from (seed, round, name).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memopt.optim.parts import BasisCut, LeadingRows, Part, Tile, ranges, rows_per_tile
+from memopt.optim.selections.base import Choice, Selection
+
+
+@dataclass(frozen=True)
+class Subspace(Part):
+    """The span of `basis` (rank, shorter side); `left` works on the transposed matrix."""
+
+    basis: Tensor
+    long_side: int
+    left: bool
+    exact: bool
+
+    @property
+    def num_slots(self) -> int:  # type: ignore[override]
+        """Numbers with state: rank for every line of the longer side."""
+        return self.basis.shape[0] * self.long_side
+
+    def tiles(self, weight: Tensor, grad: Tensor, limit: int | None, align: int) -> Iterator[Tile]:
+        """Cut along the longer side."""
+        if self.left:
+            weight, grad = weight.T, grad.T
+        rank, columns = self.basis.shape
+        cut = BasisCut(self.basis, self.exact)
+        for a, b in ranges(self.long_side, rows_per_tile(limit, columns, rank, align)):
+            yield Tile(weight[a:b], grad[a:b], cut, a * rank, (b - a) * rank, a * columns)
+
+    def mask(self, rows: int, columns: int) -> Tensor:
+        """A subspace has no elements of its own."""
+        raise ValueError("svd and random select a subspace, not elements: there is no mask")
+
+    def carry(self, old: Part, moment: Tensor, *, signed: bool) -> Tensor:
+        """Rotate: m' = R m; second moments by R∘R, since R would make them negative."""
+        assert isinstance(old, Subspace)
+        rotation = self.basis.to(moment.dtype) @ old.basis.to(moment.dtype).T
+        if not signed:
+            rotation = rotation.square()
+        return (moment.view(self.long_side, -1) @ rotation.T).reshape(-1)
+
+
+class LowRank(Selection):
+    """What both selections share."""
+
+    needs_matrix = True
+    low_rank = True
+
+    @staticmethod
+    def rank(rows: int, columns: int, density: float) -> int:
+        """round(density * min(shape))."""
+        return min(round(density * min(rows, columns)), rows, columns)
+
+    def num_slots(self, rows: int, columns: int, density: float) -> int:
+        """Rank times the longer side."""
+        return self.rank(rows, columns, density) * max(rows, columns)
+
+    def num_basis(self, rows: int, columns: int, density: float) -> int:
+        """Rank times the shorter side."""
+        return self.rank(rows, columns, density) * min(rows, columns)
+
+    def choose(self, choice: Choice) -> Part:
+        """Make the basis of this round."""
+        rank = self.rank(choice.rows, choice.columns, choice.density)
+        if rank == 0:
+            return LeadingRows(0, choice.columns)
+        return self.part_of(self.basis(choice, rank), choice)
+
+    def part_of(self, basis: Tensor, choice: Choice) -> Part:
+        """Return the part of a basis that is already known (after a resume)."""
+        return Subspace(
+            basis,
+            max(choice.rows, choice.columns),
+            choice.rows < choice.columns,
+            choice.exact_complement,
+        )
+
+    @abstractmethod
+    def basis(self, choice: Choice, rank: int) -> Tensor:
+        """Return (rank, shorter side) orthonormal rows, float32."""
+
+
+class SingularBasis(LowRank):
+    """The gradient's leading singular vectors."""
+
+    name = "svd"
+    needs_grad = True
+
+    def basis(self, choice: Choice, rank: int) -> Tensor:
+        """Decompose the gradient in float32."""
+        assert choice.grad is not None
+        grad = choice.grad.T if choice.rows < choice.columns else choice.grad
+        _, _, right = torch.linalg.svd(grad.float(), full_matrices=False)
+        return right[:rank].contiguous()
+
+    def describe(self) -> str:
+        """One line for tables."""
+        return "leading singular vectors of the switch step's gradient"
+
+
+class RandomBasis(LowRank):
+    """Orthonormalised Gaussian vectors."""
+
+    name = "random"
+
+    def basis(self, choice: Choice, rank: int) -> Tensor:
+        """Draw from a generator of our own, on the parameter's device."""
+        generator = torch.Generator(device=choice.device)
+        generator.manual_seed(choice.key & (2**63 - 1))
+        size = min(choice.rows, choice.columns)
+        draw = torch.randn(size, rank, generator=generator, device=choice.device)
+        return torch.linalg.qr(draw).Q.T.contiguous()
+
+    def describe(self) -> str:
+        """One line for tables."""
+        return "random orthonormal basis"

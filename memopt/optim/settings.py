@@ -1,0 +1,130 @@
+"""The settings of one parameter group, checked once, read everywhere.
+
+A group is a plain dict (schedulers write its `lr`, checkpoints carry it); `Settings.of` turns it
+into values and is the only reader of that dict's settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+SELECTIONS = ("blocks", "columns", "rows", "coordinates", "svd", "random", "randperm")
+LOW_RANK = ("svd", "random")
+ORDERS = ("random", "ascending", "descending", "mirror")
+ON_SWITCH = ("reset", "project", "keep")
+ROUNDINGS = ("nearest", "stochastic", "kahan")
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        options = ", ".join(repr(option) for option in allowed)
+        raise ValueError(f"{name}={value!r} is not known: choose one of {options}")
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ValueError(f"{name}={value!r} must be at least {low}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One group's settings. Fields carry the names of `Frugal`'s arguments.
+
+    `split` is False for groups that keep state for every element (density 1, no scales, no
+    switches); `arena_density` is the largest density the group may ever take: the arena's size.
+    """
+
+    lr: float | torch.Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    density: float
+    update_gap: int
+    selection: str
+    state_full: str
+    state_free: str
+    state_full_lr_scale: float
+    state_free_lr_scale: float
+    on_switch: str
+    order: str
+    complement: str
+    quantize: str | None
+    rounding: str
+    capturable: bool
+    maximize: bool
+    seed: int
+    split: bool
+    arena_density: float
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> Settings:
+        """Read and check a parameter group."""
+        values = {field.name: group[field.name] for field in fields(cls)}
+        values["betas"] = tuple(values["betas"])
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        _one_of("selection", self.selection, SELECTIONS)
+        _one_of("on_switch", self.on_switch, ON_SWITCH)
+        _one_of("order", self.order, ORDERS)
+        _one_of("complement", self.complement, ("exact", "reference"))
+        _one_of("quantize", self.quantize, (None, "8bit"))
+        _one_of("rounding", self.rounding, ROUNDINGS)
+        if self.on_switch == "keep" and self.split and self.selection not in LOW_RANK:
+            raise ValueError(
+                f"on_switch='keep' leaves moments where they lie, which has a meaning only for"
+                f" selection='svd' or 'random', not {self.selection!r}: use 'reset' or 'project'"
+            )
+        if self.capturable and self.split and self.selection in LOW_RANK:
+            raise ValueError(
+                f"capturable=True needs a selection that is known before the gradient:"
+                f" selection={self.selection!r} is not; use blocks, columns, rows or coordinates"
+            )
+
+    def _check_numbers(self) -> None:
+        if not isinstance(self.lr, torch.Tensor):
+            _at_least("lr", self.lr, 0.0)
+        elif self.lr.numel() != 1:
+            raise ValueError(f"lr is a tensor of {self.lr.numel()} numbers; it must hold one")
+        _at_least("eps", self.eps, 0.0)
+        _at_least("weight_decay", self.weight_decay, 0.0)
+        _at_least("state_full_lr_scale", self.state_full_lr_scale, 0.0)
+        _at_least("state_free_lr_scale", self.state_free_lr_scale, 0.0)
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas={self.betas!r} must be two numbers in [0, 1)")
+        for name in ("density", "arena_density"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name}={value!r} must lie in [0, 1]")
+        if self.density > self.arena_density:
+            raise ValueError(
+                f"density={self.density!r} is above arena_density={self.arena_density!r}, for which"
+                " the state was allocated: build the optimizer with the largest density of the run"
+            )
+        if self.update_gap != int(self.update_gap) or self.update_gap < 1:
+            raise ValueError(f"update_gap={self.update_gap!r} must be a whole number of at least 1")
+
+    @property
+    def full_scale(self) -> float:
+        """Factor on the learning rate of the state-full part."""
+        return self.state_full_lr_scale if self.split else 1.0
+
+    @property
+    def free_scale(self) -> float:
+        """Factor on the learning rate of the state-free part."""
+        return self.state_free_lr_scale if self.split else 1.0
+
+    @property
+    def current_density(self) -> float:
+        """Density to use at the next switch."""
+        return self.density if self.split else 1.0
+
+    @property
+    def largest_density(self) -> float:
+        """Density the state is allocated for."""
+        return self.arena_density if self.split else 1.0
