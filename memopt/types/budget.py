@@ -21,9 +21,8 @@ from typing import Any
 from memopt.types.errors import ConfigError
 from memopt.types.sizes import format_bytes, parse_size
 
-HOST_SHARE_BY_DEFAULT = Fraction(
-    4, 5
-)  # of what the cgroup leaves: the rest is the user's own program and loader
+# Of what the cgroup leaves; the rest is for the user's own program and its data loader.
+HOST_SHARE_BY_DEFAULT = Fraction(4, 5)
 
 
 @dataclass(frozen=True, kw_only=True)

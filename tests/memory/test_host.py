@@ -58,8 +58,9 @@ def test_the_least_room_of_all_levels_counts(tmp_path, version):
 
 
 def test_in_a_container_the_mount_shows_only_our_part(tmp_path):
-    write_cgroup(tmp_path / "cg", limit=GIB, used=GIB // 4, inactive=0, version=1)
-    proc = fake_proc(tmp_path, path="/docker/abc", version=1, mount="/cg", mount_root="/docker/abc")
+    write_cgroup(tmp_path / "cg", limit=2 * GIB, used=GIB, inactive=0, version=1)
+    write_cgroup(tmp_path / "cg/job", limit=GIB, used=GIB // 4, inactive=0, version=1)
+    proc = fake_proc(tmp_path, path="/docker/a/job", version=1, mount="/cg", mount_root="/docker/a")
     facts = host_facts(proc=proc, root=tmp_path)
     assert (facts.limit_bytes, facts.free_bytes) == (GIB, GIB * 3 // 4)
 
