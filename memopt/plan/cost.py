@@ -31,8 +31,12 @@ from memopt.types.hardware import Hardware
 from memopt.types.plan import Placement, RegionPlan
 from memopt.types.trace import RegionTrace, StepTrace
 
-ALIGN_BYTES = 4096  # host and SSD areas start on pages, so that O_DIRECT and page-locking work on them
-STAGING_BYTES_PER_S = 5e9  # one core's memcpy between a tensor and a staging buffer, where the device is the CPU
+ALIGN_BYTES = (
+    4096  # host and SSD areas start on pages, so that O_DIRECT and page-locking work on them
+)
+STAGING_BYTES_PER_S = (
+    5e9  # one core's memcpy between a tensor and a staging buffer, where the device is the CPU
+)
 CUDA_SLACK = 0.03
 CPU_SLACK = 0.01
 
@@ -75,6 +79,12 @@ class Choice:
     ops: tuple[Placement, ...]
 
 
+def everything_again(num_ops: int, *, plain: bool = False) -> Choice:
+    """Return the Choice that stores nothing: all recomputed, or untouched where `plain`."""
+    nothing: tuple[Placement, ...] = ("recompute",)
+    return Choice(plain, "device", nothing * num_ops)
+
+
 @dataclass(frozen=True, slots=True)
 class RegionLoad:
     """What one region asks of the step under one Choice.
@@ -108,7 +118,9 @@ class RegionModel:
     forward_s: float
     recompute_s: float
     backward_s: float
-    offsets_s: tuple[float, ...]  # when each op's output exists, from the start of the region's forward
+    offsets_s: tuple[
+        float, ...
+    ]  # when each op's output exists, from the start of the region's forward
     gains_s: tuple[float, ...]  # what answering each op from storage takes off the recompute
     loads: dict[Choice, RegionLoad]
 
@@ -128,7 +140,9 @@ class RegionModel:
     def _transient_bytes(self, stored_bytes: int) -> int:
         peak = self.region.forward_peak_bytes
         everything = sum(op.nbytes for op in self.region.ops)
-        workspace = max(0, peak - everything)  # what kernels allocate and free inside one op is in no OpTrace
+        workspace = max(
+            0, peak - everything
+        )  # what kernels allocate and free inside one op is in no OpTrace
         return min(peak, max(0, everything - stored_bytes) + workspace)
 
     def _plain_load(self) -> RegionLoad:
@@ -219,7 +233,11 @@ class StepModel:
 def assumed_hardware(device: str) -> Hardware:
     """Return rates that make transfers cost nothing noticeable, for predictions in which nothing moves."""
     return Hardware(
-        device=device, name="any", d2h_bytes_per_s=1e18, h2d_bytes_per_s=1e18, source="not needed: nothing moves"
+        device=device,
+        name="any",
+        d2h_bytes_per_s=1e18,
+        h2d_bytes_per_s=1e18,
+        source="not needed: nothing moves",
     )
 
 
@@ -230,9 +248,13 @@ def build(trace: StepTrace, hardware: Hardware) -> StepModel:
         ConfigError: trace and hardware are of different devices, or the trace has no region.
     """
     if trace.device != hardware.device:
-        raise ConfigError(f"the trace is of device {trace.device!r} but the rates are of {hardware.device!r}")
+        raise ConfigError(
+            f"the trace is of device {trace.device!r} but the rates are of {hardware.device!r}"
+        )
     if not trace.regions:
-        raise ConfigError("the trace has no region: a step that trains at least one block must be traced first")
+        raise ConfigError(
+            "the trace has no region: a step that trains at least one block must be traced first"
+        )
     models = _models(trace.regions)
     share = _new_gradients_share(trace)
     grads = tuple(int(r.grad_nbytes * share) for r in trace.regions)
@@ -258,7 +280,9 @@ def _base_bytes(trace: StepTrace) -> int:
     The traced step is often the first one, whose optimizer has no state yet, and its first micro-batch may have had
     no gradients: the states' own sum is a lower bound for both.
     """
-    states = trace.param_bytes + trace.buffer_bytes + trace.optimizer_bytes + trace.grad_bytes_at_start
+    states = (
+        trace.param_bytes + trace.buffer_bytes + trace.optimizer_bytes + trace.grad_bytes_at_start
+    )
     return max(trace.resident_bytes, states)
 
 
@@ -294,7 +318,9 @@ def _models(regions: Sequence[RegionTrace]) -> tuple[RegionModel, ...]:
 
 def _shape_key(region: RegionTrace) -> tuple[object, ...]:
     """Return what two regions must share to be planned as one: group and every byte count."""
-    ops = tuple((o.position, o.op, o.nbytes, o.saved_nbytes, o.kind, o.placeable) for o in region.ops)
+    ops = tuple(
+        (o.position, o.op, o.nbytes, o.saved_nbytes, o.kind, o.placeable) for o in region.ops
+    )
     sizes = (region.input_nbytes, region.saved_nbytes, region.grad_nbytes)
     return (region.group, sizes, region.forward_peak_bytes, region.backward_peak_bytes, ops)
 
@@ -306,7 +332,9 @@ def _model(members: Sequence[RegionTrace]) -> RegionModel:
     recompute_s = median(r.recompute_s for r in members)
     saved_at = [op.position for op in region.ops if op.saved_nbytes > 0]
     last_saved = max(saved_at) if saved_at else -1
-    gains = [t if op.position <= last_saved else 0.0 for op, t in zip(region.ops, times, strict=True)]
+    gains = [
+        t if op.position <= last_saved else 0.0 for op, t in zip(region.ops, times, strict=True)
+    ]
     # op times are measured one by one, with gaps between them that the whole region does not have
     shrink = min(1.0, recompute_s / sum(gains)) if sum(gains) > 0 else 0.0
     stretch = min(1.0, forward_s / sum(times)) if sum(times) > 0 else 0.0
@@ -332,7 +360,7 @@ def choice_of(region: RegionTrace, plan: RegionPlan | None) -> Choice:
         ConfigError: the plan places an op that the region does not have or that may not be placed.
     """
     if plan is None or plan.plain:
-        return Choice(plan is not None, "device", ("recompute",) * len(region.ops))
+        return everything_again(len(region.ops), plain=plan is not None)
     wanted = {op.position: op for op in plan.ops}
     placements: list[Placement] = []
     for op in region.ops:
@@ -340,11 +368,17 @@ def choice_of(region: RegionTrace, plan: RegionPlan | None) -> Choice:
         placement: Placement = "recompute" if entry is None else entry.placement
         if entry is not None and placement != "recompute":
             if entry.op != op.op:
-                raise ConfigError(f"{region.name}: op {op.position} is {op.op}, the plan says {entry.op}")
+                raise ConfigError(
+                    f"{region.name}: op {op.position} is {op.op}, the plan says {entry.op}"
+                )
             if not op.placeable:
-                raise ConfigError(f"{region.name}: {op.op} at {op.position} cannot be placed: {op.reason}")
+                raise ConfigError(
+                    f"{region.name}: {op.op} at {op.position} cannot be placed: {op.reason}"
+                )
         placements.append(placement)
     stray = [p for p, op in wanted.items() if op.placement != "recompute"]
     if stray:
-        raise ConfigError(f"{region.name}: the plan places ops at {stray}, which create no storage there")
+        raise ConfigError(
+            f"{region.name}: the plan places ops at {stray}, which create no storage there"
+        )
     return Choice(False, plan.input, tuple(placements))

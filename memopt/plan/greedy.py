@@ -54,12 +54,19 @@ def items_of(model: StepModel) -> list[Item]:
     distinct = {id(m): m for m in model.models}
     for region_model in distinct.values():
         regions = tuple(k for k, m in enumerate(model.models) if m is region_model)
-        for index, (op, gain) in enumerate(zip(region_model.region.ops, region_model.gains_s, strict=True)):
+        for index, (op, gain) in enumerate(
+            zip(region_model.region.ops, region_model.gains_s, strict=True)
+        ):
             if op.placeable and op.nbytes > 0 and (gain > 0 or op.kind == "attention"):
                 found.append(Item(region_model, index, gain, op.nbytes, regions))
     return sorted(
         found,
-        key=lambda i: (-i.gain_s / i.nbytes, i.model.region.ops[i.index].kind != "attention", i.regions[0], i.index),
+        key=lambda i: (
+            -i.gain_s / i.nbytes,
+            i.model.region.ops[i.index].kind != "attention",
+            i.regions[0],
+            i.index,
+        ),
     )
 
 
@@ -68,7 +75,9 @@ def spread(places: Sequence[int], count: int) -> list[int]:
     return [places[(2 * j + 1) * len(places) // (2 * count)] for j in range(count)]
 
 
-def placed(choices: Sequence[Choice], regions: Sequence[int], index: int, where: Placement) -> list[Choice]:
+def placed(
+    choices: Sequence[Choice], regions: Sequence[int], index: int, where: Placement
+) -> list[Choice]:
     """Return `choices` with output `index` of the given regions at `where`."""
     changed = list(choices)
     for k in regions:
@@ -92,7 +101,6 @@ class Search:
         if limits.ssd_bytes > 0 and model.hardware.ssd_write_bytes_per_s > 0:
             self.media.append("ssd")
 
-    @property
     def spent(self) -> bool:
         """Whether the bound on simulations is reached."""
         return self.num_simulations >= self.max_simulations
@@ -120,7 +128,9 @@ class Search:
         `hidden` asks that no wait be added; otherwise the step must get shorter (or stay as short, for attention).
         """
         free = [
-            k for k in item.regions if not best.choices[k].plain and best.choices[k].ops[item.index] == "recompute"
+            k
+            for k in item.regions
+            if not best.choices[k].plain and best.choices[k].ops[item.index] == "recompute"
         ]
         if where != "device" and hidden:
             free = self.not_first_in_backward(best, free)
@@ -158,7 +168,7 @@ class Search:
             got = attempt(m) if m else best
             return got.timeline.step_s if got is not None else float("inf")
 
-        while low < high and not self.spent:
+        while low < high and not self.spent():
             middle = (low + high) // 2
             if step_s(middle + 1) < step_s(middle):
                 low = middle + 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from memopt.plan.cost import Choice
+from memopt.plan.cost import Choice, everything_again
 from memopt.plan.greedy import Search, placed
 from memopt.plan.smallest import Candidate
 from memopt.types.plan import Placement
@@ -19,14 +19,16 @@ from memopt.types.plan import Placement
 def polish(search: Search, best: Candidate) -> Candidate:
     """Return `best` after all single moves that shorten the step, while simulations are left."""
     improved = True
-    while improved and not search.spent:
+    while improved and not search.spent():
         improved = False
         for move in (raises, untouched, exchanges):
             for choices in move(search, best):
-                if search.spent:
+                if search.spent():
                     return best
                 found = search.evaluate(choices, best.settings)
-                if found is not None and found.timeline.step_s < best.timeline.step_s * (1.0 - 1e-9):
+                if found is not None and found.timeline.step_s < best.timeline.step_s * (
+                    1.0 - 1e-9
+                ):
                     best, improved = found, True
                     break
     return best
@@ -46,7 +48,7 @@ def untouched(search: Search, best: Candidate) -> Iterator[list[Choice]]:
     for k in range(len(best.choices) - 1, -1, -1):
         if not best.choices[k].plain:
             changed = list(best.choices)
-            changed[k] = Choice(True, "device", ("recompute",) * len(changed[k].ops))
+            changed[k] = everything_again(len(changed[k].ops), plain=True)
             yield changed
 
 

@@ -90,14 +90,24 @@ class _Queues:
         self.on_cpu = hardware.device == "cpu"
         self.d2h = 1.0 / hardware.d2h_bytes_per_s
         self.h2d = 1.0 / hardware.h2d_bytes_per_s
-        self.write = 1.0 / hardware.ssd_write_bytes_per_s if hardware.ssd_write_bytes_per_s > 0 else float("inf")
-        self.read = 1.0 / hardware.ssd_read_bytes_per_s if hardware.ssd_read_bytes_per_s > 0 else float("inf")
+        self.write = (
+            1.0 / hardware.ssd_write_bytes_per_s
+            if hardware.ssd_write_bytes_per_s > 0
+            else float("inf")
+        )
+        self.read = (
+            1.0 / hardware.ssd_read_bytes_per_s
+            if hardware.ssd_read_bytes_per_s > 0
+            else float("inf")
+        )
         self.window_bytes = window_bytes
         self.clock = self.exposed = 0.0
         self.d2h_free = self.h2d_free = self.write_free = self.read_free = 0.0
         self.pending: deque[tuple[float, int]] = deque()  # (finish, bytes) of what is in the window
         self.pending_bytes = 0
-        self.leaving: deque[tuple[float, int]] = deque()  # the same for the byte levels, kept longer
+        self.leaving: deque[tuple[float, int]] = (
+            deque()
+        )  # the same for the byte levels, kept longer
         self.leaving_bytes = 0
 
     def wait_until(self, moment: float) -> None:
@@ -109,7 +119,9 @@ class _Queues:
     def send(self, item: Transfer) -> float:
         """Queue a tensor that exists now; return when it has arrived."""
         pending, nbytes = self.pending, item.nbytes
-        while pending and (pending[0][0] <= self.clock or self.pending_bytes + nbytes > self.window_bytes):
+        while pending and (
+            pending[0][0] <= self.clock or self.pending_bytes + nbytes > self.window_bytes
+        ):
             finish, gone = pending.popleft()
             self.pending_bytes -= gone
             self.wait_until(finish)
@@ -160,7 +172,9 @@ class _Run:
     def __init__(self, model: StepModel, loads: Sequence[RegionLoad], settings: Settings) -> None:
         self.model, self.loads, self.settings = model, loads, settings
         self.queues = _Queues(model.hardware, settings.window_bytes)
-        self.standing = model.base_bytes + (model.outside_bytes if settings.outside == "device" else 0)
+        self.standing = model.base_bytes + (
+            model.outside_bytes if settings.outside == "device" else 0
+        )
         self.gradients = 0
         self.terms: list[tuple[int, int, int, int, int]] = []
         rate = model.hardware.d2h_bytes_per_s
@@ -174,7 +188,9 @@ class _Run:
     def note(self, transient: int, begin: float, fetched: int = 0) -> None:
         """Record a phase that began at `begin` and ends now."""
         out = self.queues.on_way_out(begin, self.drain_s)
-        self.terms.append((self.standing, self.gradients, transient, min(out, self.most_on_way), fetched))
+        self.terms.append(
+            (self.standing, self.gradients, transient, min(out, self.most_on_way), fetched)
+        )
 
     def forward(self) -> None:
         queues = self.queues
@@ -208,7 +224,9 @@ class _Run:
 
     def backward(self) -> None:
         model, loads, queues = self.model, self.loads, self.queues
-        asked = 0  # how many tensors of the next region in need are on their way back, and their bytes
+        asked = (
+            0  # how many tensors of the next region in need are on their way back, and their bytes
+        )
         asked_bytes, asked_ready = 0, 0.0
         for k in range(len(loads) - 1, -1, -1):
             load, region, begin = loads[k], model.models[k], queues.clock
@@ -277,7 +295,9 @@ class _Run:
     def staging_bytes(self) -> int:
         """Return host bytes through which SSD traffic of a CUDA device passes: what may be unfinished each way."""
         by_region = [[nbytes for nbytes, from_ssd in load.back if from_ssd] for load in self.loads]
-        total = sum(map(sum, by_region)) + self.model.trace.outside_saved_bytes * (self.settings.outside == "ssd")
+        total = sum(map(sum, by_region)) + self.model.trace.outside_saved_bytes * (
+            self.settings.outside == "ssd"
+        )
         out = min(self.most_on_way, total)
         return aligned(out) + aligned(max(map(sum, by_region), default=0))
 
@@ -305,12 +325,16 @@ def choices_of(model: StepModel, plan: Plan) -> list[Choice]:
     by_name = {region.name: region for region in plan.regions}
     unknown = set(by_name) - {region.name for region in model.trace.regions}
     if unknown:
-        raise ConfigError(f"the plan names regions that the step does not have: {', '.join(sorted(unknown))}")
+        raise ConfigError(
+            f"the plan names regions that the step does not have: {', '.join(sorted(unknown))}"
+        )
     choices = [choice_of(region, by_name.get(region.name)) for region in model.trace.regions]
     if model.hardware.device == "cpu":
         used = {p for choice in choices for p in (choice.input, *choice.ops)} | {plan.outside}
         if "host" in used:
-            raise ConfigError("placement 'host' means nothing where the device is the CPU: use 'ssd' or 'device'")
+            raise ConfigError(
+                "placement 'host' means nothing where the device is the CPU: use 'ssd' or 'device'"
+            )
     return choices
 
 
@@ -332,5 +356,7 @@ def predict(trace: StepTrace, plan: Plan, hardware: Hardware) -> Prediction:
 def predict_plain(trace: StepTrace) -> int:
     """Return the device peak in bytes of the untouched step."""
     model = build(trace, assumed_hardware(trace.device))
-    choices = [choice_of(region, RegionPlan(name=region.name, plain=True)) for region in trace.regions]
+    choices = [
+        choice_of(region, RegionPlan(name=region.name, plain=True)) for region in trace.regions
+    ]
     return simulate(model, loads_of(model, choices), Settings(1, 1)).device_bytes

@@ -14,7 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from memopt.plan.cost import Choice, StepModel, aligned, build, slack_of, usable_bytes
+from memopt.plan.cost import (
+    Choice,
+    StepModel,
+    aligned,
+    build,
+    everything_again,
+    slack_of,
+    usable_bytes,
+)
 from memopt.plan.simulate import TERMS, Settings, Timeline, loads_of, simulate
 from memopt.types.errors import BudgetError
 from memopt.types.hardware import Hardware
@@ -59,7 +67,7 @@ def evaluate(model: StepModel, choices: Sequence[Choice], settings: Settings) ->
 def plain_choices(model: StepModel, since: int = 0) -> list[Choice]:
     """Return everything recomputed before region `since` and plain from there on."""
     return [
-        Choice(k >= since, "device", ("recompute",) * len(region.region.ops))
+        everything_again(len(region.region.ops), plain=k >= since)
         for k, region in enumerate(model.models)
     ]
 
@@ -67,7 +75,10 @@ def plain_choices(model: StepModel, since: int = 0) -> list[Choice]:
 def away(model: StepModel, host_bytes: int, ssd_bytes: int) -> list[Placement]:
     """Return where each input would leave to, the first regions first; "device" where no room is left."""
     on_cpu = model.hardware.device == "cpu"
-    left = {"host": 0 if on_cpu else host_bytes, "ssd": ssd_bytes if model.hardware.ssd_write_bytes_per_s > 0 else 0}
+    left = {
+        "host": 0 if on_cpu else host_bytes,
+        "ssd": ssd_bytes if model.hardware.ssd_write_bytes_per_s > 0 else 0,
+    }
     placements: list[Placement] = []
     for region in model.models:
         size = aligned(region.region.input_nbytes)
@@ -83,7 +94,8 @@ def away(model: StepModel, host_bytes: int, ssd_bytes: int) -> list[Placement]:
 def with_inputs(choices: Sequence[Choice], inputs: Sequence[Placement], count: int) -> list[Choice]:
     """Return `choices` with the inputs of the first `count` regions that are not plain where `inputs` says."""
     return [
-        Choice(False, inputs[k], c.ops) if k < count and not c.plain else c for k, c in enumerate(choices)
+        Choice(False, inputs[k], c.ops) if k < count and not c.plain else c
+        for k, c in enumerate(choices)
     ]
 
 
@@ -91,7 +103,7 @@ def smallest_candidates(model: StepModel, host_bytes: int, ssd_bytes: int) -> It
     """Yield the candidates for the smallest device peak that stay inside host and SSD budgets."""
     limits = Limits(1 << 62, host_bytes, ssd_bytes)
     inputs = away(model, host_bytes, ssd_bytes)
-    largest = max(1, max(r.region.input_nbytes for r in model.models))
+    largest = max(1, *(r.region.input_nbytes for r in model.models))
     recompute = plain_choices(model, since=len(model.models))
     yield evaluate(model, plain_choices(model), Settings(largest, largest))
     outsides: list[Placement] = ["device"]
@@ -127,7 +139,12 @@ def budget_for(peak_bytes: int, slack: float) -> int:
 
 
 def smallest_budget(
-    trace: StepTrace, hardware: Hardware, *, host_bytes: int = 0, ssd_bytes: int = 0, slack: float | None = None
+    trace: StepTrace,
+    hardware: Hardware,
+    *,
+    host_bytes: int = 0,
+    ssd_bytes: int = 0,
+    slack: float | None = None,
 ) -> int:
     """Return the smallest device budget, in bytes and whole MiB, that `solve_greedy` accepts.
 
@@ -140,7 +157,9 @@ def smallest_budget(
     """
     model = build(trace, hardware)
     found = smallest_candidate(model, host_bytes, ssd_bytes)
-    return budget_for(found.timeline.device_bytes, slack_of(trace.device) if slack is None else slack)
+    return budget_for(
+        found.timeline.device_bytes, slack_of(trace.device) if slack is None else slack
+    )
 
 
 def refuse(model: StepModel, candidate: Candidate, device_bytes: int, slack: float) -> BudgetError:
@@ -148,7 +167,9 @@ def refuse(model: StepModel, candidate: Candidate, device_bytes: int, slack: flo
     timeline = candidate.timeline
     worst = timeline.levels.index(timeline.device_bytes)
     parts = [
-        f"{name} {format_bytes(nbytes)}" for name, nbytes in zip(TERMS, timeline.terms[worst], strict=True) if nbytes
+        f"{name} {format_bytes(nbytes)}"
+        for name, nbytes in zip(TERMS, timeline.terms[worst], strict=True)
+        if nbytes
     ]
     needed = budget_for(timeline.device_bytes, slack)
     return BudgetError(

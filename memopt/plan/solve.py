@@ -28,7 +28,9 @@ from memopt.types.plan import OpPlacement, Plan, RegionPlan
 from memopt.types.sizes import format_bytes
 from memopt.types.trace import StepTrace
 
-MAX_SIMULATED_REGIONS = 120_000  # about two seconds of one core: what the search may simulate, in region visits
+MAX_SIMULATED_REGIONS = (
+    120_000  # about two seconds of one core: what the search may simulate, in region visits
+)
 WINDOWS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # in largest tensors
 
 
@@ -84,7 +86,9 @@ def solve_greedy(
     best = polish(search, best_frame(search, smallest))
     notes = [] if exact else ["exact=False has no effect: whole op outputs never change a bit"]
     if trace.device == "cpu" and host_bytes > 0:
-        notes.append("the host budget has no effect: the device is the CPU, its memory is host memory")
+        notes.append(
+            "the host budget has no effect: the device is the CPU, its memory is host memory"
+        )
     return plan_of(model, best, tuple(notes))
 
 
@@ -109,11 +113,11 @@ def best_frame(search: Search, smallest: Candidate) -> Candidate:
     if frame is None:
         return best
     improved = True
-    while improved and not search.spent:
+    while improved and not search.spent():
         improved = False
         for neighbours in moves(frame, count, bool(search.media)):
             for other in neighbours:
-                if search.spent:
+                if search.spent():
                     break
                 found, now = fill(other), fill(frame)
                 if found is not None and now is not None and shorter(found, now):
@@ -129,14 +133,18 @@ def shorter(found: Candidate, best: Candidate) -> bool:
 
 def moves(frame: Frame, count: int, moving: bool) -> list[list[Frame]]:
     """Return the neighbours of a frame, one list per coordinate."""
-    plains = sorted({1, 2, 4, frame.plain + 1, frame.plain - 1, frame.plain * 2, count // 4, count // 2})
+    plains = sorted(
+        {1, 2, 4, frame.plain + 1, frame.plain - 1, frame.plain * 2, count // 4, count // 2}
+    )
     found = [[replace(frame, plain=p) for p in plains if 0 <= p < count and p != frame.plain]]
     if moving:
         widths = [w for w in (frame.window - 1, frame.window + 1) if 0 <= w < len(WINDOWS)]
         found.append([replace(frame, window=w) for w in widths])
         inputs = sorted({0, count // 4, count // 2, 3 * count // 4, count} - {frame.inputs})
         found.append([replace(frame, inputs=k) for k in inputs])
-        found.append([replace(frame, ahead=a) for a in (frame.ahead - 1, frame.ahead + 1) if 0 <= a <= 3])
+        found.append(
+            [replace(frame, ahead=a) for a in (frame.ahead - 1, frame.ahead + 1) if 0 <= a <= 3]
+        )
     return found
 
 
@@ -145,13 +153,17 @@ def start_of(search: Search, frame: Frame) -> Candidate | None:
     model, limits = search.model, search.limits
     count = len(model.models)
     choices = with_inputs(
-        plain_choices(model, since=count - frame.plain), away(model, limits.host_bytes, limits.ssd_bytes), frame.inputs
+        plain_choices(model, since=count - frame.plain),
+        away(model, limits.host_bytes, limits.ssd_bytes),
+        frame.inputs,
     )
     sizes = [item.nbytes for item in search.items] or [1]
     if frame.inputs:
         sizes.append(max(m.region.input_nbytes for m in model.models))
     window = max(1, int(WINDOWS[frame.window] * max(sizes)))
-    largest = max(m.region.input_nbytes + sum(op.nbytes for op in m.region.ops) for m in model.models)
+    largest = max(
+        m.region.input_nbytes + sum(op.nbytes for op in m.region.ops) for m in model.models
+    )
     ahead = UNBOUNDED if frame.ahead == 0 else max(1, largest >> frame.ahead)
     return search.evaluate(choices, Settings(window, ahead))
 
@@ -165,13 +177,19 @@ def plan_of(model: StepModel, candidate: Candidate, notes: tuple[str, ...]) -> P
             for op, where in zip(region.ops, choice.ops, strict=True)
             if where != "recompute" and not choice.plain
         )
-        regions.append(RegionPlan(name=region.name, plain=choice.plain, input=choice.input, ops=ops))
+        regions.append(
+            RegionPlan(name=region.name, plain=choice.plain, input=choice.input, ops=ops)
+        )
     loads = [m.load(c) for m, c in zip(model.models, candidate.choices, strict=True)]
     fetched = max(sum(nbytes for nbytes, _ in load.back) for load in loads)
-    settings = replace(candidate.settings, prefetch_bytes=max(1, min(candidate.settings.prefetch_bytes, fetched)))
+    settings = replace(
+        candidate.settings, prefetch_bytes=max(1, min(candidate.settings.prefetch_bytes, fetched))
+    )
     defaults = Plan()
     if not any(load.out for load in loads):
-        settings = replace(settings, window_bytes=defaults.window_bytes, prefetch_bytes=defaults.prefetch_bytes)
+        settings = replace(
+            settings, window_bytes=defaults.window_bytes, prefetch_bytes=defaults.prefetch_bytes
+        )
     final = evaluate(model, candidate.choices, settings)
     assert final.timeline.device_bytes <= candidate.timeline.device_bytes
     return Plan(

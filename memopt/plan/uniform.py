@@ -34,7 +34,10 @@ def uniform_plan(trace: StepTrace, placement: str) -> Plan:
         regions = tuple(RegionPlan(name=r.name, plain=plain) for r in trace.regions)
         return Plan(regions=regions, solver=f"uniform:{where}")
     regions = tuple(_moved(r, where) for r in trace.regions)
-    items = [[r.input_nbytes, *(op.nbytes for op in plan.ops)] for r, plan in zip(trace.regions, regions, strict=True)]
+    items = [
+        [r.input_nbytes, *(op.nbytes for op in plan.ops)]
+        for r, plan in zip(trace.regions, regions, strict=True)
+    ]
     largest = max(map(max, items), default=1)
     per_region = max(map(sum, items), default=1)
     return Plan(

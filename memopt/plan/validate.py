@@ -1,0 +1,413 @@
+"""An independent judge of plans: shares no code with the cost model, the simulation or the solvers.
+
+It is written from `docs/plan.md` in the plainest way: every tensor becomes a lifetime (first phase, last phase,
+bytes), every transfer a (begin, end), and each phase adds up whatever is alive, O(n^2). Where it and the solver
+disagree, one of the two is wrong.
+
+Phases: 0..n-1 forward of each region, n turning point, n+1..2n backward of regions n-1..0, 2n+1 end of backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import median
+
+from memopt.types.hardware import Hardware
+from memopt.types.plan import Plan, RegionPlan
+from memopt.types.trace import RegionTrace, StepTrace
+
+PAGE = 4096
+MEMCPY_BYTES_PER_S = 5e9
+
+
+def check(
+    trace: StepTrace,
+    plan: Plan,
+    hardware: Hardware,
+    *,
+    device_bytes: int,
+    host_bytes: int,
+    ssd_bytes: int,
+) -> list[str]:
+    """Return what is wrong with `plan`; an empty list where nothing is.
+
+    Args:
+        trace: the step that the plan is for.
+        plan: the plan.
+        hardware: rates of the machine that runs it.
+        device_bytes: what the device peak may reach, slack already taken off.
+        host_bytes: what the host peak may reach.
+        ssd_bytes: what the SSD peak may reach.
+    """
+    found = illegal_entries(trace, plan)
+    if found:
+        return found
+    replay = Replay(trace, plan, hardware)
+    replay.run()
+    limits = {"device": device_bytes, "host": host_bytes, "ssd": ssd_bytes}
+    used = {
+        "device": max(replay.device_levels()),
+        "host": replay.host_bytes,
+        "ssd": replay.ssd_bytes,
+    }
+    return [
+        f"{where}: {used[where]} bytes of {limits[where]}"
+        for where in limits
+        if used[where] > limits[where]
+    ]
+
+
+def illegal_entries(trace: StepTrace, plan: Plan) -> list[str]:
+    """Return the entries of a plan that no machine could run."""
+    found = []
+    regions = {r.name: r for r in trace.regions}
+    for entry in plan.regions:
+        if entry.name not in regions:
+            found.append(f"{entry.name}: no such region")
+            continue
+        ops = {op.position: op for op in regions[entry.name].ops}
+        if len({op.position for op in entry.ops}) < len(entry.ops):
+            found.append(f"{entry.name}: an op is placed twice")
+        if trace.device == "cpu" and "host" in (entry.input, *(op.placement for op in entry.ops)):
+            found.append(f"{entry.name}: host placement on the CPU")
+        for placed in entry.ops:
+            if placed.placement == "recompute":
+                continue
+            op = ops.get(placed.position)
+            if op is None or op.op != placed.op or op.nbytes != placed.nbytes:
+                found.append(
+                    f"{entry.name}: no op {placed.op} of {placed.nbytes} bytes at {placed.position}"
+                )
+            elif not op.placeable:
+                found.append(
+                    f"{entry.name}: {op.op} at {op.position} may not be placed: {op.reason}"
+                )
+    if trace.device == "cpu" and plan.outside == "host":
+        found.append("outside: host placement on the CPU")
+    return found
+
+
+@dataclass
+class Replay:
+    """A step replayed tensor by tensor."""
+
+    trace: StepTrace
+    plan: Plan
+    hardware: Hardware
+    lifetimes: list[tuple[int, int, int]] = field(default_factory=list)
+    leaving: list[tuple[float, int]] = field(default_factory=list)
+    begins: list[float] = field(default_factory=list)
+    came: dict[int, float] = field(default_factory=dict)
+    ready_early: dict[int, float] = field(default_factory=dict)
+    host_bytes: int = 0
+    ssd_bytes: int = 0
+    now: float = 0.0
+    link_out: float = 0.0
+    link_in: float = 0.0
+    disk_out: float = 0.0
+    disk_in: float = 0.0
+
+    def run(self) -> None:
+        """Fill `lifetimes`, `begins` and `leaving`."""
+        for k, region in enumerate(self.trace.regions):
+            self.forward(k, region, self.entry(region))
+        self.turning_point()
+        for k in reversed(range(len(self.trace.regions))):
+            self.backward(k, self.trace.regions[k], self.entry(self.trace.regions[k]))
+        self.begins.append(self.now)
+        last = 2 * len(self.trace.regions) + 1
+        self.alive(last, last, self.trace.regions[0].input_nbytes)
+        self.states()
+        self.rooms()
+
+    def entry(self, region: RegionTrace) -> RegionPlan:
+        """Return the plan's entry of a region."""
+        return next(
+            (r for r in self.plan.regions if r.name == region.name), RegionPlan(name=region.name)
+        )
+
+    def alive(self, first: int, last: int, nbytes: int) -> None:
+        """Note a lifetime, both ends included."""
+        self.lifetimes.append((first, last, nbytes))
+
+    def moved(self, region: RegionTrace, entry: RegionPlan) -> list[tuple[int, bool, float]]:
+        """Return (bytes, to SSD, seconds after the region's start) of all that leaves, in order."""
+        if entry.plain:
+            return []
+        by_position = {op.position: op.placement for op in entry.ops}
+        alike = [r for r in self.trace.regions if same_shapes(r, region)]
+        times = [median(r.ops[j].time_s for r in alike) for j in range(len(region.ops))]
+        scale = min(1.0, median(r.forward_s for r in alike) / sum(times)) if sum(times) > 0 else 0.0
+        found = (
+            [(region.input_nbytes, entry.input == "ssd", 0.0)] if entry.input != "device" else []
+        )
+        for j, op in enumerate(region.ops):
+            where = by_position.get(op.position, "recompute")
+            if where in ("host", "ssd"):
+                found.append((op.nbytes, where == "ssd", sum(times[: j + 1]) * scale))
+        return found
+
+    def forward(self, k: int, region: RegionTrace, entry: RegionPlan) -> None:
+        """Phase k."""
+        self.begins.append(self.now)
+        start, waits = self.now, 0.0
+        for nbytes, to_ssd, offset in self.moved(region, entry):
+            self.now = max(self.now, start + offset + waits)
+            before = self.now
+            self.make_room(nbytes)
+            if self.trace.device == "cpu":
+                self.now += nbytes / MEMCPY_BYTES_PER_S
+            self.came[k] = self.send(nbytes, to_ssd)
+            waits += self.now - before
+        self.now = start + waits + self.typical(region, "forward_s")
+        self.forward_lifetimes(k, region, entry)
+
+    def make_room(self, nbytes: int) -> None:
+        """Wait until the window takes `nbytes` more: the oldest first."""
+        waiting = [(end, size) for end, size in self.leaving if (end, size) not in self.gone()]
+        while waiting and sum(size for _, size in waiting) + nbytes > self.plan.window_bytes:
+            self.now = max(self.now, waiting.pop(0)[0])
+
+    def gone(self) -> list[tuple[float, int]]:
+        """Return what left the window: everything before the first transfer that has not ended by now."""
+        found: list[tuple[float, int]] = []
+        for end, size in self.leaving:
+            if end > self.now:
+                break
+            found.append((end, size))
+        return found
+
+    def send(self, nbytes: int, to_ssd: bool) -> float:
+        """Queue a transfer out and return its end."""
+        end = self.now
+        if self.trace.device != "cpu":
+            end = self.link_out = max(self.link_out, end) + nbytes / self.hardware.d2h_bytes_per_s
+        if to_ssd:
+            end = self.disk_out = (
+                max(self.disk_out, end) + nbytes / self.hardware.ssd_write_bytes_per_s
+            )
+        self.leaving.append((end, nbytes))
+        return end
+
+    def forward_lifetimes(self, k: int, region: RegionTrace, entry: RegionPlan) -> None:
+        """Everything that region k brings into its forward, and what of it stays until its backward."""
+        until = 2 * len(self.trace.regions) - k
+        stored = {op.position for op in entry.ops if op.placement == "device"}
+        by_ops = sum(op.saved_nbytes for op in region.ops)
+        if entry.plain:
+            kept_ops, kept_in = by_ops, max(region.saved_nbytes - by_ops, 0)
+            self.alive(k, k, max(region.input_nbytes - kept_in, 0))
+        else:
+            kept_ops = sum(op.nbytes for op in region.ops if op.position in stored)
+            kept_in = region.input_nbytes if entry.input == "device" else 0
+            self.alive(k, k, region.input_nbytes - kept_in)
+        self.alive(k, until, kept_ops + kept_in)
+        every = sum(op.nbytes for op in region.ops)
+        peak = region.forward_peak_bytes
+        self.alive(k, k, min(peak, max(every - kept_ops, 0) + max(peak - every, 0)))
+
+    def turning_point(self) -> None:
+        """Phase n."""
+        trace, n = self.trace, len(self.trace.regions)
+        self.begins.append(self.now)
+        inside = sum(r.forward_s + r.recompute_s + r.backward_s for r in trace.regions)
+        self.now += max(
+            0.0, (trace.forward_s + trace.backward_s) / max(1, trace.num_micro_batches) - inside
+        )
+        nbytes, rates = trace.outside_saved_bytes, self.hardware
+        if self.plan.outside != "device":
+            if trace.device == "cpu":
+                self.now += 2 * nbytes / MEMCPY_BYTES_PER_S
+            else:
+                self.now += nbytes / rates.d2h_bytes_per_s + nbytes / rates.h2d_bytes_per_s
+        if self.plan.outside == "ssd":
+            self.now += nbytes / rates.ssd_write_bytes_per_s + nbytes / rates.ssd_read_bytes_per_s
+        self.alive(n, n, trace.outside_peak_bytes + self.output_bytes())
+
+    def output_bytes(self) -> int:
+        """Return the bytes of the last region's output."""
+        last = self.trace.regions[-1]
+        return last.ops[-1].nbytes if last.ops else last.input_nbytes
+
+    def backward(self, k: int, region: RegionTrace, entry: RegionPlan) -> None:
+        """Phase 2n - k."""
+        n = len(self.trace.regions)
+        phase = 2 * n - k
+        self.begins.append(self.now)
+        saved_by_ops = sum(op.saved_nbytes for op in region.ops)
+        device = {op.position for op in entry.ops if op.placement == "device"}
+        elsewhere = {op.position for op in entry.ops if op.placement in ("host", "ssd")}
+        standing = (
+            saved_by_ops
+            if entry.plain
+            else sum(o.saved_nbytes for o in region.ops if o.position in device)
+        )
+        self.alive(phase, phase, max(region.backward_peak_bytes - standing, region.grad_nbytes))
+        self.alive(
+            phase,
+            phase,
+            self.trace.regions[k + 1].input_nbytes if k + 1 < n else self.output_bytes(),
+        )
+        if not entry.plain:
+            self.alive(phase, phase, region.input_nbytes if entry.input != "device" else 0)
+            extra = sum(
+                op.nbytes - op.saved_nbytes for op in region.ops if op.position in elsewhere
+            )
+            self.alive(phase, phase, extra)
+            self.rerun(k, region, entry)
+        self.now += self.typical(region, "backward_s")
+
+    def rerun(self, k: int, region: RegionTrace, entry: RegionPlan) -> None:
+        """The recompute of region k, with its fetches and those for the region below."""
+        n = len(self.trace.regions)
+        moved = self.moved(region, entry)
+        above = [j for j in range(k + 1, n) if not self.entry(self.trace.regions[j]).plain]
+        early = self.early(moved) if above else 0
+        ready = self.ready_early.get(k, 0.0) if above else 0.0
+        for nbytes, from_ssd, _ in moved[early:]:
+            ready = self.fetch(nbytes, from_ssd, self.came[k])
+        below = [j for j in range(k) if not self.entry(self.trace.regions[j]).plain]
+        if below:
+            j = below[-1]
+            other = self.moved(self.trace.regions[j], self.entry(self.trace.regions[j]))
+            for nbytes, from_ssd, _ in other[: self.early(other)]:
+                self.ready_early[j] = self.fetch(nbytes, from_ssd, self.came[j])
+                self.alive(2 * n - k, 2 * n - j - 1, nbytes)
+        self.now = max(self.now, ready)
+        if self.trace.device == "cpu":
+            self.now += sum(nbytes for nbytes, _, _ in moved) / MEMCPY_BYTES_PER_S
+        self.now += self.remaining_s(region, entry)
+
+    def early(self, moved: list[tuple[int, bool, float]]) -> int:
+        """Return how many of these are fetched before their own region starts."""
+        sizes = [nbytes for nbytes, _, _ in moved]
+        return max(
+            c for c in range(len(sizes) + 1) if c == 0 or sum(sizes[:c]) <= self.plan.prefetch_bytes
+        )
+
+    def fetch(self, nbytes: int, from_ssd: bool, arrived: float) -> float:
+        """Queue a transfer back and return its end."""
+        end = max(self.now, arrived)
+        if from_ssd:
+            end = self.disk_in = (
+                max(self.disk_in, end) + nbytes / self.hardware.ssd_read_bytes_per_s
+            )
+        if self.trace.device != "cpu":
+            end = self.link_in = max(self.link_in, end) + nbytes / self.hardware.h2d_bytes_per_s
+        return end
+
+    def remaining_s(self, region: RegionTrace, entry: RegionPlan) -> float:
+        """Return the recompute that is left of a region."""
+        stored = {op.position for op in entry.ops if op.placement != "recompute"}
+        alike = [r for r in self.trace.regions if same_shapes(r, region)]
+        ends = max((op.position for op in region.ops if op.saved_nbytes), default=-1)
+        again = {j: op.position for j, op in enumerate(region.ops) if op.position <= ends}
+        times = {j: median(r.ops[j].time_s for r in alike) for j in again}
+        whole = self.typical(region, "recompute_s")
+        scale = min(1.0, whole / sum(times.values())) if sum(times.values()) > 0 else 0.0
+        return max(
+            0.0,
+            whole - scale * sum(times[j] for j, position in again.items() if position in stored),
+        )
+
+    def typical(self, region: RegionTrace, name: str) -> float:
+        """Return the median of a time over the regions of the same shapes."""
+        return median(float(getattr(r, name)) for r in self.trace.regions if same_shapes(r, region))
+
+    def states(self) -> None:
+        """Lifetimes of what is there whatever the plan says, and of the gradients."""
+        trace, n = self.trace, len(self.trace.regions)
+        end = 2 * n + 1
+        states = (
+            trace.param_bytes
+            + trace.buffer_bytes
+            + trace.optimizer_bytes
+            + trace.grad_bytes_at_start
+        )
+        self.alive(0, end, max(trace.resident_bytes, states))
+        outside = trace.outside_saved_bytes
+        if trace.peak_bytes > 0:
+            peaks = [trace.outside_peak_bytes, *(r.backward_peak_bytes for r in trace.regions)]
+            outside = max(0, min(outside, trace.peak_bytes - trace.resident_bytes - max(peaks)))
+        self.alive(0, end, outside if self.plan.outside == "device" else 0)
+        new = (
+            0.0
+            if trace.grad_bytes <= 0
+            else max(0.0, 1.0 - trace.grad_bytes_at_start / trace.grad_bytes)
+        )
+        own = [int(r.grad_nbytes * new) for r in trace.regions]
+        self.alive(n + 1, end, max(0, int(trace.grad_bytes * new) - sum(own)))
+        for k, nbytes in enumerate(own):
+            self.alive(2 * n - k + 1, end, nbytes)
+
+    def rooms(self) -> None:
+        """Host and SSD bytes: whole pages, for the whole step, plus staging of SSD traffic beside a GPU."""
+        rooms = {"host": 0, "ssd": 0}
+        ssd_by_region = [0]
+        for region in self.trace.regions:
+            moved = self.moved(region, self.entry(region))
+            for nbytes, to_ssd, _ in moved:
+                rooms["ssd" if to_ssd else "host"] += -(-nbytes // PAGE) * PAGE
+            ssd_by_region.append(sum(nbytes for nbytes, to_ssd, _ in moved if to_ssd))
+        outside = self.trace.outside_saved_bytes
+        if self.plan.outside != "device":
+            rooms[self.plan.outside] += -(-outside // PAGE) * PAGE
+        if rooms["ssd"] and self.trace.device != "cpu":
+            on_way = max([self.plan.window_bytes, *(size for _, size in self.leaving)])
+            total = sum(ssd_by_region) + (outside if self.plan.outside == "ssd" else 0)
+            for nbytes in (min(on_way, total), max(ssd_by_region)):
+                rooms["host"] += -(-nbytes // PAGE) * PAGE
+        self.host_bytes, self.ssd_bytes = rooms["host"], rooms["ssd"]
+
+    def device_levels(self) -> list[int]:
+        """Return the bytes alive in each phase, and at the optimizer's step."""
+        rate = self.hardware.d2h_bytes_per_s
+        if any(
+            "ssd" in (r.input, *(op.placement for op in r.ops))
+            for r in self.plan.regions
+            if not r.plain
+        ):
+            rate = min(rate, self.hardware.ssd_write_bytes_per_s) or rate
+        delay = self.plan.window_bytes / rate
+        most = max([self.plan.window_bytes, *(size for _, size in self.leaving)])
+        levels = []
+        for phase, begin in enumerate(self.begins):
+            standing = sum(
+                nbytes for first, last, nbytes in self.lifetimes if first <= phase <= last
+            )
+            levels.append(standing + min(most, self.still_leaving(phase, begin, delay)))
+        return [*levels, self.trace.optimizer_peak_bytes]
+
+    def still_leaving(self, phase: int, begin: float, delay: float) -> int:
+        """Return the bytes of transfers queued by the end of a phase that may not have ended at its begin."""
+        count = 0
+        for k, region in enumerate(self.trace.regions):
+            if k <= phase:
+                count += len(self.moved(region, self.entry(region)))
+        queued = self.leaving[:count]
+        while queued and queued[0][0] + delay <= begin:
+            queued.pop(0)
+        return sum(nbytes for _, nbytes in queued)
+
+
+def same_shapes(a: RegionTrace, b: RegionTrace) -> bool:
+    """Return whether two regions ran the same ops on the same shapes."""
+
+    def facts(r: RegionTrace) -> list[object]:
+        sizes = [
+            r.group,
+            r.input_nbytes,
+            r.saved_nbytes,
+            r.grad_nbytes,
+            r.forward_peak_bytes,
+            r.backward_peak_bytes,
+        ]
+        return [
+            *sizes,
+            *(
+                (op.position, op.op, op.nbytes, op.saved_nbytes, op.kind, op.placeable)
+                for op in r.ops
+            ),
+        ]
+
+    return facts(a) == facts(b)
