@@ -242,7 +242,7 @@ TRAPS["4-tied-outside"] = Program(
 
 # ------------------------------------------------------------------------------------------ rule 6: unseen writers
 class _NumpyFill(torch.autograd.Function):
-    """Adds into a factory's output from numpy, as a split-K Triton kernel does: the dispatcher sees only the factory."""
+    """Adds into a factory's output from numpy, as a split-K kernel does; the dispatcher sees the factory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

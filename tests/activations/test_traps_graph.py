@@ -11,6 +11,7 @@ import pytest
 import torch
 from _bitwise import (
     CPU_PLACEMENTS,
+    Executed,
     Program,
     assert_bitwise,
     assert_bitwise_for_single_ops,
@@ -98,7 +99,7 @@ def test_backward_in_another_thread(placement):
         def backward():
             try:
                 loss.backward()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 -- raised again below
                 errors.append(error)
 
         thread = threading.Thread(target=backward)
