@@ -155,6 +155,7 @@ class UringEngine(Engine):
         except OSError as error:
             engine.close()
             raise IoEngineUnavailable(f"io_uring: a test block failed: {error}") from error
+        engine._totals = dict.fromkeys(engine._totals, 0)  # the probe is not the user's traffic
         return engine
 
     def _open_ring(self, sqpoll: bool) -> Any:
