@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import memopt
 
@@ -29,17 +30,7 @@ NAMES = [
     "start",
 ]
 
-OPTIMIZE_PARAMETERS = {
-    "model": inspect.Parameter.empty,
-    "optimizer": None,
-    "budget": None,
-    "plan": "auto",
-    "regions": None,
-    "exact": True,
-    "strict": False,
-    "engine": "auto",
-    "update": "at_step",
-}
+SETTINGS = ["budget", "plan", "regions", "exact", "strict", "engine", "update"]
 
 FIELDS = {
     "Budget": "device host ssd",
@@ -60,11 +51,16 @@ def test_names():
 
 
 @pytest.mark.parametrize("name", ["optimize", "start"])
-def test_signature(name):
-    parameters = inspect.signature(getattr(memopt, name)).parameters
-    assert {key: parameter.default for key, parameter in parameters.items()} == OPTIMIZE_PARAMETERS
-    keyword_only = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
-    assert keyword_only == list(OPTIMIZE_PARAMETERS)[2:]
+def test_settings(name):
+    function = getattr(memopt, name)
+    parameters = inspect.signature(function).parameters
+    assert list(parameters)[:2] == ["model", "optimizer"]
+    assert parameters["optimizer"].default is None
+    with pytest.raises((ValueError, TypeError), match="budgte") as caught:
+        function(torch.nn.Linear(2, 2), budgte=memopt.Budget())
+    if isinstance(caught.value, ValueError):
+        assert all(setting in str(caught.value) for setting in SETTINGS)
+    assert all(setting in inspect.getdoc(function) for setting in SETTINGS)
 
 
 @pytest.mark.parametrize("name", FIELDS)
