@@ -33,7 +33,7 @@ $(VENV)/.system: Makefile
 	  elif [[ " $${need[*]} " == *" python3-venv "* ]]; then \
 	    echo "install them, then run make again: sudo apt-get install $${need[*]}" >&2; exit 1; \
 	  else \
-	    echo "going on without them: the io_uring engine is not built; sudo apt-get install $${need[*]}" >&2; \
+	    echo "going on without the io_uring engine (make test then needs REQUIRE_NATIVE=0); better: sudo apt-get install $${need[*]}" >&2; \
 	  fi; \
 	fi
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
