@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
     from memopt.types.hardware import Hardware
     from memopt.types.plan import Plan
-    from memopt.types.report import RunReport
+    from memopt.report import RunReport
     from memopt.types.trace import StepTrace
 
 _HOMES = {
@@ -35,7 +35,7 @@ _HOMES = {
     "SavedOutputChangedError": "memopt.types.errors",
     "Hardware": "memopt.types.hardware",
     "Plan": "memopt.types.plan",
-    "RunReport": "memopt.types.report",
+    "RunReport": "memopt.report",
     "StepTrace": "memopt.types.trace",
 }
 

@@ -239,6 +239,9 @@ class HostStored:
             self._transfers.protect(self._outgoing)
             self._outgoing = None
 
+    def settle(self) -> None:
+        """Nothing: the block lives until the graph dies."""
+
     def take(self, *, keep: bool) -> Tensor:
         """Wait (on the device) for the copy in and return the tensor."""
         self.prefetch()

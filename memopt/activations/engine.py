@@ -8,7 +8,7 @@ which it knows what backward will ask for next.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,8 @@ from memopt.activations.contexts import ForwardContext, RecomputeContext
 from memopt.activations.frame import Frame, InputSlot, RngState
 from memopt.activations.modes import MIN_MOVE_BYTES, ForwardMode
 from memopt.activations.patch import PatchedForward, without_caches
+from memopt.activations.regions import is_flat_sequential
+from memopt.activations.runs import RunsPatch
 from memopt.activations.stored import Checked, Label, Stored
 from memopt.activations.tensors import is_dense, is_plain, nbytes_of
 from memopt.activations.transfers import Transfers
@@ -61,16 +63,24 @@ class ActivationEngine:
         self.transfers = transfers
         self.strict = strict
         self.observer: Observer | None = None
+        self.on_recompute: Callable[[], None] | None = None
         self.fragile: dict[str, frozenset[int]] = {}
         self.notes: dict[str, None] = {}
         self.plan = Plan()
+        self.closed = False
         self._plans: dict[str, RegionPlan] = {}
         self._placements: dict[str, dict[int, tuple[str, Placement]]] = {}
-        self._patches = [PatchedForward(m, n, self._call) for n, m in regions]
+        self._patches: list[PatchedForward] = [
+            RunsPatch(m, n, self._call)
+            if isinstance(m, torch.nn.Sequential) and is_flat_sequential(m)
+            else PatchedForward(m, n, self._call)
+            for n, m in regions
+        ]
+        self._moving: weakref.WeakSet[Any] = weakref.WeakSet()
         self._live: weakref.WeakSet[Frame] = weakref.WeakSet()
         self._last: weakref.ref[Frame] | None = None
         self._num_calls: dict[str, int] = {}
-        self._shared: dict[int, tuple[Any, Any]] = {}
+        self._shared: dict[int, tuple[Any, int, Any]] = {}
         self._anchor = torch.empty(0, device=self.device)
 
     # - Life
@@ -84,6 +94,16 @@ class ActivationEngine:
         """Leave every module as it was; live frames keep what they need."""
         for patch in reversed(self._patches):
             patch.remove()
+
+    def close(self) -> None:
+        """Detach and close the transfers; what live graphs still need comes home first."""
+        self.detach()
+        self.closed = True
+        try:
+            for stored in list(self._moving):
+                stored.settle()
+        finally:
+            self.transfers.close()
 
     @property
     def has_live_frames(self) -> bool:
@@ -184,16 +204,17 @@ class ActivationEngine:
     def _store_shared(self, tensor: Tensor, placement: Placement, name: str) -> Stored | None:
         """Move a tensor out once, however many regions take the same tensor object."""
         known = self._shared.get(id(tensor))
-        if known is not None and known[0]() is tensor and known[1]() is not None:
-            shared: SharedInput = known[1]()
-            shared.num_users += 1
-            return shared
+        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+            shared: SharedInput | None = known[2]()
+            if shared is not None:
+                shared.num_users += 1
+                return shared
         label = Label(region=name, what="input")
         stored = self.store(tensor, placement, label, clone_first=False)
         if stored is None:
             return None
         shared = SharedInput(stored)
-        self._shared[id(tensor)] = (weakref.ref(tensor), weakref.ref(shared))
+        self._shared[id(tensor)] = (weakref.ref(tensor), tensor._version, weakref.ref(shared))
         return shared
 
     def store(
@@ -204,6 +225,7 @@ class ActivationEngine:
         if stored is None:
             self.notes[f"the {placement} budget was full: some tensors were recomputed or kept"] = None
             return None
+        self._moving.add(stored)
         return Checked(stored, tensor, label) if self.strict else stored
 
     # - What the contexts ask for
@@ -224,12 +246,17 @@ class ActivationEngine:
         """Free what has arrived meanwhile."""
         if self.observer is not None:
             self.observer.forward_ended(frame, mode)
-        self.transfers.poll()
+        if not self.closed:
+            self.transfers.poll()
 
     def recompute_begins(self, frame: Frame) -> None:
         """Fetch what this region waits for, then what backward will ask for next."""
         if self.observer is not None:
             self.observer.recompute_begins(frame)
+        if self.on_recompute is not None:
+            self.on_recompute()
+        if self.closed:
+            return
         self.transfers.poll()
         for stored in frame.waiting():
             stored.prefetch()
@@ -255,23 +282,26 @@ class SharedInput:
         self.nbytes = stored.nbytes
         self.num_users = 1
         self._stored = stored
-        self._landed: Any = None
+        self._landed: Tensor | None = None
 
     def prefetch(self) -> int:
         """Start the fetch unless a region still holds the landed tensor."""
-        if self._landed is not None and self._landed() is not None:
-            return 0
-        return self._stored.prefetch()
+        return 0 if self._landed is not None else self._stored.prefetch()
 
     def protect(self) -> None:
         """Pass on."""
         self._stored.protect()
 
+    def settle(self) -> None:
+        """Pass on."""
+        self._stored.settle()
+
     def take(self, *, keep: bool) -> Tensor:
-        """Return the tensor, the same one to every region that overlaps."""
+        """Return the tensor; it stays on the device until its last region took it."""
         self.num_users -= not keep
-        tensor = self._landed() if self._landed is not None else None
+        tensor, self._landed = self._landed, None
         if tensor is None:
-            tensor = self._stored.take(keep=keep or self.num_users > 0)
-            self._landed = weakref.ref(tensor)
+            tensor = self._stored.take(keep=keep)
+        if keep or self.num_users > 0:
+            self._landed = tensor
         return tensor.detach()

@@ -110,6 +110,7 @@ class SpillStored:
         self._stride = tensor.stride()
         self._dtype = tensor.dtype
         self._reading: tuple[Any, HostBuffer] | None = None
+        self._home: Tensor | None = None
 
     @classmethod
     def from_cpu(cls, tensor: Tensor, area: SpillArea, label: Label, moved: Moved) -> Stored | None:
@@ -131,7 +132,7 @@ class SpillStored:
 
     def prefetch(self) -> int:
         """Start the read when a staging buffer is free."""
-        if self._reading is None:
+        if self._reading is None and self._home is None:
             buffer = self._area.stage(self.nbytes, wait=False)
             if buffer is None:
                 return 0
@@ -141,8 +142,15 @@ class SpillStored:
     def protect(self) -> None:
         """Nothing: the value left when it was stored."""
 
+    def settle(self) -> None:
+        """Read the tensor into memory and give its extent back."""
+        if self._extent is not None:
+            self._home = self.take(keep=False)
+
     def take(self, *, keep: bool) -> Tensor:
         """Read back into a new tensor of the same shape and strides."""
+        if self._home is not None:
+            return self._home.clone() if keep else self._home
         if self._reading is None:
             buffer = self._area.stage(self.nbytes)
             if buffer is None:

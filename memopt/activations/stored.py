@@ -41,6 +41,9 @@ class Stored(Protocol):
     def protect(self) -> None:
         """The program is about to write to the source: save the value as it is now."""
 
+    def settle(self) -> None:
+        """Become independent of files: the session closes while a graph still lives."""
+
 
 class DeviceStored:
     """A tensor kept on the device as an alias of the program's own (no bytes of its own).
@@ -66,6 +69,9 @@ class DeviceStored:
             self._check()
             self._tensor = self._tensor.clone()
             self._private = True
+
+    def settle(self) -> None:
+        """Nothing: no file is involved."""
 
     def take(self, *, keep: bool) -> Tensor:
         """Return the tensor; a private copy is copied again where it must serve twice."""
@@ -104,6 +110,10 @@ class Checked:
     def protect(self) -> None:
         """Pass on."""
         self._inner.protect()
+
+    def settle(self) -> None:
+        """Pass on."""
+        self._inner.settle()
 
     def take(self, *, keep: bool) -> Tensor:
         """Return the tensor or raise RoundTripError."""

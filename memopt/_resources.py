@@ -1,0 +1,253 @@
+"""What a session holds of the machine: budget, meter, transfers; opened together, closed together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from memopt.activations.spill import SpillArea
+from memopt.activations.transfers import CpuTransfers, Transfers
+from memopt.io import Engine, ExtentStore, open_engine
+from memopt.memory.accounting import AccountedMemory
+from memopt.memory.buffers import HostBuffers
+from memopt.memory.host import host_facts, reset_peak_resident, resolve_budget
+from memopt.memory.link import measure_hardware
+from memopt.memory.malloc import pin_mmap_threshold
+from memopt.memory.meter import CpuMeter, CudaMeter, Meter
+from memopt.states_bytes import expected_grad_bytes, measure_states, optimizer_tensors
+from memopt.types.budget import Budget, ResolvedBudget
+from memopt.types.errors import BudgetError, ConfigError
+from memopt.types.hardware import Hardware
+from memopt.types.plan import Placement, Plan
+
+_MIN_STAGING_BYTES = 32 << 20
+_MAX_STAGING_BYTES = 256 << 20
+_STAGING_SHARE = 16
+
+
+class Resources:
+    """Budget, meter and transfers of one session.
+
+    Args:
+        device: where the model's parameters are.
+        budget: resolved.
+        meter: memory and clock.
+        transfers: off the device and back.
+        host: page-locked blocks on CUDA.
+        io: I/O engine and extent store, or None.
+        accounted: the accounting mode on CPU.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        budget: ResolvedBudget,
+        meter: Meter,
+        transfers: Transfers,
+        host: HostBuffers | None,
+        io: tuple[Engine, ExtentStore] | None,
+        accounted: AccountedMemory | None,
+    ) -> None:
+        self.device = device
+        self.budget = budget
+        self.meter = meter
+        self.transfers = transfers
+        self.host = host
+        self.io = io
+        self.accounted = accounted
+        self.notes: list[str] = list(budget.notes)
+        self.closed = False
+        self._fraction: float | None = None
+
+    @property
+    def staging_bytes(self) -> int:
+        """Staging buffers count against the device budget where the device is host memory."""
+        spill = getattr(self.transfers, "_spill", None)
+        return spill.staging.cap_bytes if self.accounted is not None and spill is not None else 0
+
+    @property
+    def safest_input(self) -> Placement:
+        """Where region inputs go in the first step: off the device when there is a place."""
+        if self.device.type == "cuda" and self.budget.host_bytes > 0:
+            return "host"
+        return "ssd" if self.io is not None else "device"
+
+    def hardware(self) -> Hardware:
+        """Measure the ways off the device."""
+        return measure_hardware(self.device, self.host, self.io[1] if self.io else None)
+
+    def prepare(self, plan: Plan) -> None:
+        """Create the plan's host blocks in the background."""
+        if self.host is None:
+            return
+        sizes: Counter[int] = Counter()
+        for region in plan.regions:
+            sizes.update(o.nbytes for o in region.ops if o.placement == "host")
+        self.host.reserve(dict(sizes))
+
+    def cap_allocator(self) -> None:
+        """Hold the caching allocator at the device budget."""
+        if self.device.type != "cuda":
+            return
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        self._fraction = _current_fraction(self.device)
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, self.budget.device_bytes / total), self.device
+        )
+
+    def close(self) -> None:
+        """Give everything back."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._fraction is not None:
+            torch.cuda.set_per_process_memory_fraction(self._fraction, self.device)
+        try:
+            self.transfers.close()
+        finally:
+            if self.io is not None:
+                self.io[0].close()
+            if self.accounted is not None:
+                self.accounted.__exit__(None, None, None)
+
+
+def open_resources(
+    model: Module,
+    optimizer: torch.optim.Optimizer | None,
+    spec: Budget | None,
+    io_engine: Any,
+    asked_plan: str | Plan,
+) -> Resources:
+    """Resolve the budget, refuse what cannot work, open files and the accounting mode."""
+    device = _device_of(model)
+    on_cpu = device.type == "cpu"
+    budget = _resolve(spec, device)
+    _check_plan(asked_plan, budget, on_cpu=on_cpu)
+    _check_states(model, optimizer, budget)
+    notes: list[str] = []
+    io = None
+    if budget.ssd:
+        engine = open_engine(io_engine, directory=budget.ssd[0].path)
+        if engine.reason:
+            notes.append(f"I/O engine {engine.name}: {engine.reason}")
+        io = engine, ExtentStore([(d.path, d.size_bytes) for d in budget.ssd], engine)
+    elif io_engine != "auto":
+        notes.append(f"engine={io_engine!r} has no effect: the budget names no SSD directory")
+    accounted = None
+    meter: Meter
+    if on_cpu:
+        notes.append(pin_mmap_threshold())
+        accounted = AccountedMemory()
+        _track_states(accounted, model, optimizer)
+        meter = CpuMeter(accounted)
+    else:
+        meter = CudaMeter(device)
+    transfers, host = _open_transfers(device, budget, io)
+    resources = Resources(device, budget, meter, transfers, host, io, accounted)
+    resources.notes.extend(notes)
+    if accounted is not None:
+        accounted.__enter__()
+    resources.cap_allocator()
+    reset_peak_resident()
+    return resources
+
+
+def _open_transfers(
+    device: torch.device, budget: ResolvedBudget, io: tuple[Engine, ExtentStore] | None
+) -> tuple[Transfers, HostBuffers | None]:
+    spill = None
+    host_bytes = budget.host_bytes
+    if io is not None:
+        base = budget.device_bytes if device.type == "cpu" else host_bytes
+        cap = max(_MIN_STAGING_BYTES, min(_MAX_STAGING_BYTES, base // _STAGING_SHARE))
+        spill = SpillArea(io[1], HostBuffers(cap, register=device.type == "cuda"))
+        host_bytes = max(0, host_bytes - cap)
+    if device.type == "cpu":
+        return CpuTransfers(spill, 1 << 30), None
+    from memopt.activations.cuda import CudaTransfers
+
+    host = HostBuffers(host_bytes, register=True)
+    return CudaTransfers(device, host, spill, 1 << 30), host
+
+
+def _device_of(model: Module) -> torch.device:
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    devices = {d for d in devices if d.type != "meta"}
+    cuda = [d for d in devices if d.type == "cuda"]
+    if not devices:
+        raise ConfigError("the model has no parameter or buffer on a device; materialise it first")
+    if len(cuda) > 1 or (not cuda and devices != {torch.device("cpu")}):
+        raise ConfigError(
+            f"the model spans {', '.join(sorted(map(str, devices)))}; a session serves one device, "
+            "cuda or cpu"
+        )
+    return cuda[0] if cuda else torch.device("cpu")
+
+
+def _resolve(spec: Budget | None, device: torch.device) -> ResolvedBudget:
+    if device.type == "cpu":
+        facts = host_facts()
+        return resolve_budget(
+            spec,
+            device_free_bytes=facts.free_bytes,
+            device_total_bytes=facts.limit_bytes,
+            device_is_host=True,
+        )
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    return resolve_budget(
+        spec, device_free_bytes=free + reserved, device_total_bytes=total, device_is_host=False
+    )
+
+
+def _check_plan(plan: str | Plan, budget: ResolvedBudget, *, on_cpu: bool) -> None:
+    wanted = {plan} if isinstance(plan, str) else _placements_of(plan)
+    if "host" in wanted and on_cpu:
+        raise ConfigError(
+            "plan='host' is refused without CUDA: the device is host memory already; use 'ssd'"
+        )
+    if "ssd" in wanted and not budget.ssd:
+        raise ConfigError(
+            "the plan places tensors on ssd, but the budget names no directory; add "
+            "ssd='DIR:SIZE' to memopt.Budget"
+        )
+
+
+def _placements_of(plan: Plan) -> set[str]:
+    ops = {o.placement for r in plan.regions for o in r.ops}
+    return ops | {r.input for r in plan.regions if not r.plain} | {plan.outside}
+
+
+def _check_states(
+    model: Module, optimizer: torch.optim.Optimizer | None, budget: ResolvedBudget
+) -> None:
+    """Refuse at entry what parameters, gradients and existing optimizer state already exceed."""
+    states = measure_states(model, optimizer)
+    grads = max(states.grad_bytes, expected_grad_bytes(model))
+    need = states.param_bytes + states.buffer_bytes + states.optimizer_bytes + grads
+    if need > budget.device_bytes:
+        raise BudgetError(
+            f"the device budget of {budget.device_bytes:,} bytes is below what the model's states "
+            f"take: parameters {states.param_bytes:,} + gradients {grads:,} + optimizer state "
+            f"{states.optimizer_bytes:,} + buffers {states.buffer_bytes:,} = {need:,} bytes; the "
+            f"smallest budget is above {need:,} bytes"
+        )
+
+
+def _track_states(
+    accounted: AccountedMemory, model: Module, optimizer: torch.optim.Optimizer | None
+) -> None:
+    for tensor in (*model.parameters(), *model.buffers(), *optimizer_tensors(optimizer)):
+        accounted.track(tensor)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            accounted.track(parameter.grad)
+    accounted.reset_peak()
+
+
+def _current_fraction(device: torch.device) -> float:
+    getter = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return float(getter(device)) if getter is not None else 1.0

@@ -1,0 +1,176 @@
+"""Steps going by: when they begin and end, how long they take, what their peaks are."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.nn import Module
+from torch.utils import _pytree as pytree
+
+from memopt.activations.observe import RegionObserver
+from memopt.memory.meter import Meter
+from memopt.states_bytes import expected_grad_bytes, measure_states
+from memopt.trace.live import States, StepFigures, build_step_trace
+from memopt.types.trace import StepTrace
+
+
+class Steps:
+    """Marks of the step in progress and figures of those that ended.
+
+    Args:
+        meter: memory and clock of the device.
+        model, optimizer: whose states are counted.
+    """
+
+    def __init__(
+        self, meter: Meter, model: Module, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        self._meter = meter
+        self._model = model
+        self._optimizer = optimizer
+        self.figures = StepFigures()
+        self.saw_backward = False
+        self.num_steps = 0
+        self.first_step_s: float | None = None
+        self.peak_bytes = 0
+        self._states: States | None = None
+        self._spans: list[tuple[Any, Any]] = []
+        self._begin: Any = None
+        self._end: Any = None
+        self._root: Any = None
+        self._forward: list[tuple[Any, Any]] = []
+        self._backward: list[tuple[Any, Any]] = []
+        self._optimizer_mark: Any = None
+        self._backward_task: int | None = None
+        self._backward_mark: Any = None
+
+    # - Root forward
+
+    def begin_root(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A root forward with gradients begins."""
+        figures = self.figures
+        grads = sum(p.grad.nbytes for p in self._model.parameters() if p.grad is not None)
+        figures.grad_bytes_at_start = max(figures.grad_bytes_at_start, grads)
+        self._root = self._meter.mark()
+        if figures.num_roots == 0:
+            self._begin = self._root
+            figures.resident_bytes = self._meter.current_bytes()
+            if self._states is None:
+                self._states = measure_states(self._model, self._optimizer)
+            shapes = [tuple(v.shape) for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+            figures.shapes = ", ".join(map(str, shapes))
+        figures.num_roots += 1
+
+    def end_root(self) -> None:
+        """It returned or raised."""
+        self._end = self._meter.mark()
+        self._forward.append((self._root, self._end))
+
+    def watch(self, output: Any) -> None:
+        """Notice when backward reaches the model's output."""
+        for leaf in pytree.tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
+                leaf.register_hook(self._hook)
+
+    def _hook(self, _: Tensor) -> None:
+        self.backward_begins()
+
+    def backward_begins(self) -> None:
+        """Called at the first sign of a backward, any number of times in one."""
+        self.saw_backward = True
+        task = torch._C._current_graph_task_id()
+        if task in (-1, self._backward_task):
+            return
+        self._backward_task = task
+        self._backward_mark = self._meter.mark()
+        Variable._execution_engine.queue_callback(self._backward_ended)
+
+    def _backward_ended(self) -> None:
+        self._end = self._meter.mark()
+        self._backward.append((self._backward_mark, self._end))
+
+    # - Optimizer and step
+
+    def begin_optimizer(self) -> None:
+        """`optimizer.step()` begins."""
+        self.peak_bytes = max(self.peak_bytes, self._peak())
+        self._optimizer_mark = self._meter.mark()
+
+    def end_optimizer(self) -> None:
+        """It ended."""
+        self._end = self._meter.mark()
+        if self._states is not None and self.num_steps == 0:
+            self.figures.optimizer_peak_bytes = self._peak()
+
+    def end_step(self, *, final: bool = False) -> None:
+        """Close the step; `final` closes one only if its backward ran."""
+        if self._begin is None or (final and not self.saw_backward):
+            return
+        self._spans.append((self._begin, self._end))
+        self.num_steps += 1
+        self.peak_bytes = max(self.peak_bytes, self._peak())
+        self.figures = StepFigures()
+        self.saw_backward = False
+        self._begin = None
+        self._forward, self._backward, self._optimizer_mark = [], [], None
+        if len(self._spans) > 256:
+            self._resolve()
+
+    def finish(self) -> None:
+        """Read the peak once more."""
+        self.peak_bytes = max(self.peak_bytes, self._peak())
+
+    def _peak(self) -> int:
+        return self._meter.take_peak()
+
+    # - Results
+
+    def trace(self, observer: RegionObserver, device: str) -> StepTrace:
+        """Return the StepTrace of the step that just ended."""
+        seconds = self._meter.seconds
+        figures = self.figures
+        figures.forward_s = sum(seconds(a, b) for a, b in self._forward)
+        figures.backward_s = sum(seconds(a, b) for a, b in self._backward)
+        if self._optimizer_mark is not None:
+            figures.optimizer_s = seconds(self._optimizer_mark, self._end)
+        after = measure_states(self._model, self._optimizer)
+        grads = max(after.grad_bytes, expected_grad_bytes(self._model))
+        after = States(
+            param_bytes=after.param_bytes,
+            grad_bytes=grads,
+            buffer_bytes=after.buffer_bytes,
+            optimizer_bytes=after.optimizer_bytes,
+        )
+        assert self._states is not None
+        peak = max(self.peak_bytes, observer.peak_bytes, figures.optimizer_peak_bytes)
+        return build_step_trace(
+            device,
+            figures,
+            observer.region_traces(),
+            self._states,
+            after,
+            (observer.outside_peak_bytes, peak),
+        )
+
+    def step_times(self) -> tuple[float | None, float | None]:
+        """Return seconds of the first step and the median of the others."""
+        self._resolve()
+        median = statistics.median(self._times) if self._times else None
+        return self.first_step_s, median
+
+    _times: list[float]
+
+    def _resolve(self) -> None:
+        if not hasattr(self, "_times"):
+            self._times = []
+        for begin, end in self._spans:
+            seconds = self._meter.seconds(begin, end)
+            if self.first_step_s is None:
+                self.first_step_s = seconds
+            else:
+                self._times.append(seconds)
+        self._spans.clear()

@@ -1,0 +1,144 @@
+"""Finding the regions of a model: which module calls are recomputed as a unit.
+
+A region is a transformer block or what plays its part: a child of a list (`ModuleList` or
+`Sequential`) of blocks. Every outermost such list counts, so an encoder-decoder has two and a
+ResNet four; a list whose children are stages (lists of normalised blocks themselves) is entered,
+a list of experts inside a block is not. A flat `Sequential` of layers is cut into runs of children
+of about equal bytes. Users may name regions instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.nn import Module, ModuleDict, ModuleList, Sequential
+
+from memopt.types.errors import ConfigError
+
+RegionSpec = Sequence[str | Module] | Callable[[str, Module], bool] | None
+
+_MIN_SHARE = 0.02
+
+
+def find_regions(model: Module, spec: RegionSpec = None) -> list[tuple[str, Module]]:
+    """Return (qualified name, module) of every region, in definition order, none in another.
+
+    Args:
+        model: the model.
+        spec: None to find them, or names (a list's name means its children), modules, or a
+            predicate of (name, module).
+
+    Raises:
+        ConfigError: a name or module that the model does not have, regions inside regions, or a
+            predicate that matches nothing.
+    """
+    chosen = _automatic(model) if spec is None else _given(model, spec)
+    unique = {id(m): (n, m) for n, m in reversed(chosen)}
+    regions = [(n, m) for n, m in chosen if unique.pop(id(m), None) is not None]
+    _refuse_nesting(regions)
+    return regions
+
+
+def _automatic(model: Module) -> list[tuple[str, Module]]:
+    total = max(1, _weight(model))
+    regions: list[tuple[str, Module]] = []
+    for name, container in _outermost_lists(model, ""):
+        children = [(f"{name}.{n}" if name else n, c) for n, c in container.named_children()]
+        children = [(n, c) for n, c in children if _weight(c) > 0]
+        if sum(_weight(c) for _, c in children) < _MIN_SHARE * total:
+            continue
+        regions.extend(children)
+    return regions or _largest_children(model, total)
+
+
+def _outermost_lists(module: Module, name: str) -> Iterator[tuple[str, Module]]:
+    if _is_list_of_blocks(module):
+        nested = [
+            found
+            for child_name, child in module.named_children()
+            for found in _outermost_lists(child, f"{name}.{child_name}" if name else child_name)
+        ]
+        covered = sum(_weight(m) for _, m in nested)
+        if nested and covered > 0.5 * _weight(module) and all(_are_stages(m) for _, m in nested):
+            yield from nested
+        else:
+            yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _outermost_lists(child, f"{name}.{child_name}" if name else child_name)
+
+
+def _is_list_of_blocks(module: Module) -> bool:
+    if not isinstance(module, (ModuleList, Sequential, ModuleDict)):
+        return False
+    children = list(module.children())
+    composed = [c for c in children if any(True for _ in c.children())]
+    return len(children) > 1 and len(composed) >= 0.5 * len(children) and _weight(module) > 0
+
+
+def _are_stages(module: Module) -> bool:
+    """Whether a nested list holds blocks (they normalise), and not experts (they do not)."""
+    return all(_normalises(child) for child in module.children())
+
+
+def _normalises(module: Module) -> bool:
+    return any("norm" in type(m).__name__.lower() for m in module.modules())
+
+
+def _largest_children(model: Module, total: int) -> list[tuple[str, Module]]:
+    """No list of blocks: the root's own children that hold weights, its head excepted."""
+    flat = [(n, m) for n, m in model.named_modules() if is_flat_sequential(m)]
+    if flat and _weight(flat[0][1]) > 0.5 * total:
+        return flat[:1]
+    children = [(n, c) for n, c in model.named_children() if _weight(c) > _MIN_SHARE * total]
+    return [(n, c) for n, c in children if not isinstance(c, (torch.nn.Linear, torch.nn.Embedding))]
+
+
+def is_flat_sequential(module: Module) -> bool:
+    """Whether a Sequential is to be cut into runs of its children (runs.py)."""
+    return isinstance(module, Sequential) and len(module) >= 4 and not _is_list_of_blocks(module)
+
+
+def _weight(module: Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _given(model: Module, spec: Any) -> list[tuple[str, Module]]:
+    named = dict(model.named_modules())
+    if callable(spec) and not isinstance(spec, Module):
+        chosen = [(n, m) for n, m in named.items() if n and spec(n, m)]
+        if not chosen:
+            raise ConfigError("regions: the predicate matched no module of the model")
+        return chosen
+    if isinstance(spec, (str, Module)):
+        spec = [spec]
+    names = {id(m): n for n, m in named.items()}
+    chosen = []
+    for item in spec:
+        if isinstance(item, Module):
+            if id(item) not in names:
+                raise ConfigError(f"regions: {type(item).__name__} is not a module of the model")
+            item = names[id(item)]
+        if item not in named:
+            close = [n for n in named if n.endswith(str(item)) or str(item) in n][:3]
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise ConfigError(f"regions: the model has no module {item!r}{hint}")
+        module = named[item]
+        if isinstance(module, (ModuleList, ModuleDict)):
+            chosen.extend((f"{item}.{n}" if item else n, c) for n, c in module.named_children())
+        else:
+            chosen.append((item, module))
+    return chosen
+
+
+def _refuse_nesting(regions: list[tuple[str, Module]]) -> None:
+    owners: dict[int, str] = {}
+    for name, module in regions:
+        for inner in module.modules():
+            if inner is not module:
+                owners[id(inner)] = name
+    for name, module in regions:
+        if id(module) in owners:
+            raise ConfigError(f"regions: {name!r} lies inside region {owners[id(module)]!r}")

@@ -1,0 +1,95 @@
+"""Rates of the way off the device, measured with memopt's own buffers in a fraction of a second."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from memopt.memory.buffers import HostBuffer, HostBuffers
+from memopt.types.hardware import Hardware
+
+_LINK_BYTES = 64 << 20
+_DISK_BYTES = 32 << 20
+
+
+def measure_hardware(device: torch.device, host: HostBuffers | None, store: Any) -> Hardware:
+    """Measure the link and the spill directories that a session has.
+
+    Args:
+        device: the session's device.
+        host: page-locked blocks, or None on CPU.
+        store: an extent store (`alloc`, `write`, `read`, `free`), or None.
+    """
+    write_rate, read_rate = _disk_rates(store) if store is not None else (0.0, 0.0)
+    d2h = h2d = 0.0
+    source = "measured"
+    if device.type == "cuda":
+        buffer = host.take(_LINK_BYTES) if host is not None else None
+        if buffer is None:
+            d2h = h2d = 20e9
+            source = "assumed 20 GB/s: the host budget leaves no room to measure the link"
+        else:
+            assert host is not None
+            d2h, h2d = _link_rates(device, buffer)
+            host.release(buffer)
+    else:
+        d2h = h2d = _memcpy_rate()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return Hardware(
+        device=device.type,
+        name=name,
+        d2h_bytes_per_s=d2h,
+        h2d_bytes_per_s=h2d,
+        ssd_write_bytes_per_s=write_rate,
+        ssd_read_bytes_per_s=read_rate,
+        source=source,
+    )
+
+
+def _link_rates(device: torch.device, buffer: HostBuffer) -> tuple[float, float]:
+    on_device = torch.empty(_LINK_BYTES, dtype=torch.uint8, device=device)
+    on_host = buffer.tensor(torch.uint8, _LINK_BYTES)
+
+    def rate(target: torch.Tensor, source: torch.Tensor) -> float:
+        seconds = []
+        for _ in range(5):
+            torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            target.copy_(source, non_blocking=True)
+            torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - begin)
+        return _LINK_BYTES / statistics.median(seconds)
+
+    return rate(on_host, on_device), rate(on_device, on_host)
+
+
+def _memcpy_rate() -> float:
+    source = torch.empty(_DISK_BYTES, dtype=torch.uint8).fill_(1)
+    target = torch.empty_like(source).fill_(0)
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - begin)
+    return _DISK_BYTES / statistics.median(seconds)
+
+
+def _disk_rates(store: Any) -> tuple[float, float]:
+    buffer = HostBuffer(_DISK_BYTES)
+    buffer.fault_in()
+    buffer.bytes_tensor.random_(0, 255, generator=torch.Generator().manual_seed(0))
+    memory = buffer.memory(_DISK_BYTES)
+    extent = store.alloc(_DISK_BYTES)
+    try:
+        begin = time.perf_counter()
+        store.write(extent, memory).wait()
+        middle = time.perf_counter()
+        store.read(extent, memory).wait()
+        end = time.perf_counter()
+    finally:
+        store.free(extent)
+        memory.release()
+    return _DISK_BYTES / (middle - begin), _DISK_BYTES / (end - middle)

@@ -1,0 +1,372 @@
+"""Sessions: `optimize` around a training loop.
+
+    measure the step, solve for where its bytes live, run that plan, report what really happened
+
+The first step runs in the safest placement (everything recomputed) and is traced; the plan made from
+it is in force from the second step on. A step ends at `optimizer.step()`, or without an optimizer at
+the next root forward after a backward; plans switch only at a root forward without a live frame.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.nn import Module
+
+from memopt._planning import first_plan, make_plan
+from memopt._reporting import make_report
+from memopt._resources import Resources, open_resources
+from memopt._steps import Steps
+from memopt.activations.engine import ActivationEngine
+from memopt.activations.observe import RegionObserver
+from memopt.activations.outside import OutsideHooks
+from memopt.activations.patch import PatchedForward
+from memopt.activations.regions import RegionSpec, find_regions
+from memopt.activations.tensors import storage_key
+from memopt.report import RunReport
+from memopt.types.budget import Budget, ResolvedBudget
+from memopt.types.errors import ConfigError
+from memopt.types.plan import Plan
+from memopt.types.trace import StepTrace
+
+EngineChoice = Literal["auto", "io_uring", "threads"]
+_UNIFORM = ("recompute", "host", "ssd", "device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `optimize` was asked for; checked on construction."""
+
+    budget: Budget | None = None
+    plan: str | Path | Plan = "auto"
+    regions: RegionSpec = None
+    exact: bool = True
+    strict: bool = False
+    engine: EngineChoice = "auto"
+    update: str = "at_step"
+
+    def __post_init__(self) -> None:
+        """Name the value, what is allowed, and what to write instead."""
+        if self.update != "at_step":
+            raise ConfigError(f"update={self.update!r} is not available; use update='at_step'")
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise ConfigError(
+                f"budget={self.budget!r} is not a memopt.Budget; write memopt.Budget(device=...)"
+            )
+        if self.engine not in ("auto", "io_uring", "threads"):
+            raise ConfigError(f"engine={self.engine!r} is not one of auto, io_uring, threads")
+
+
+class Session:
+    """One model under one budget, from `start` to `stop`.
+
+    Args:
+        model: the root module; its forward is one forward of a step.
+        optimizer: its `step()` ends a step; None: the next forward after a backward does.
+        settings: what `optimize` was asked for.
+    """
+
+    def __init__(
+        self, model: Module, optimizer: torch.optim.Optimizer | None, settings: Settings
+    ) -> None:
+        _check_model(model)
+        self.model = model
+        self.optimizer = optimizer
+        self.settings = settings
+        self.notes: list[str] = []
+        self.trace: StepTrace | None = None
+        self._asked_plan = _read_plan(settings.plan)
+        self._regions = find_regions(model, settings.regions)
+        self._resources: Resources | None = None
+        self._engine: ActivationEngine | None = None
+        self._exit = contextlib.ExitStack()
+        self._next_plan: Plan | None = None
+        self._observer: RegionObserver | None = None
+        self._report: RunReport | None = None
+        self._hooks: OutsideHooks | None = None
+
+    # - Life
+
+    def start(self) -> Session:
+        """Open the context."""
+        if self._resources is not None:
+            raise ConfigError("this session was started before; make a new one with memopt.start()")
+        resources = open_resources(
+            self.model, self.optimizer, self.settings.budget, self.settings.engine, self._asked_plan
+        )
+        self._resources = resources
+        try:
+            self._open(resources)
+        except BaseException:
+            self._exit.close()
+            resources.close()
+            raise
+        return self
+
+    def _open(self, resources: Resources) -> None:
+        self.notes.extend(resources.notes)
+        engine = ActivationEngine(self._regions, resources.transfers, strict=self.settings.strict)
+        self._engine = engine
+        self._steps = Steps(resources.meter, self.model, self.optimizer)
+        self._observer = RegionObserver(resources.meter)
+        engine.use(first_plan(self._regions, resources.safest_input))
+        engine.observer = self._observer
+        engine.on_recompute = self._steps.backward_begins
+        if not self._regions:
+            self.notes.append(
+                "no region found (no list of blocks): name some with regions=[...]; only tensors "
+                "saved outside regions can move"
+            )
+        self._exit.callback(self._take_over_checkpointing())
+        engine.attach()
+        self._exit.callback(engine.detach)
+        root = PatchedForward(self.model, "", self._root_call).install()
+        self._exit.callback(root.remove)
+        if self.optimizer is not None:
+            before = self.optimizer.register_step_pre_hook(self._before_step)
+            self._exit.callback(before.remove)
+            after = self.optimizer.register_step_post_hook(self._after_step)
+            self._exit.callback(after.remove)
+
+    def stop(self) -> None:
+        """Close the context: the model is as it was, every buffer, file and thread is gone."""
+        if self._resources is None or self._resources.closed:
+            return
+        self._steps.finish()
+        if self._engine is not None and self._engine.observer is None:
+            self._steps.end_step(final=True)
+        self._report = self.report()
+        self._exit.close()
+        assert self._engine is not None
+        try:
+            self._engine.close()
+        finally:
+            self._resources.close()
+
+    def __enter__(self) -> Session:
+        """Start."""
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop, also after an exception."""
+        self.stop()
+
+    # - What a user may ask
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+        assert self._engine is not None, "the session has not started"
+        return self._next_plan or self._engine.plan
+
+    @property
+    def budget(self) -> ResolvedBudget:
+        """The budget, resolved on this machine."""
+        assert self._resources is not None, "the session has not started"
+        return self._resources.budget
+
+    def report(self) -> RunReport:
+        """What was predicted and measured so far; after the context, of the whole run."""
+        if self._report is not None:
+            return self._report
+        assert self._resources is not None, "the session has not started"
+        assert self._engine is not None
+        notes = [*self.notes, *self._engine.notes, *self.plan.notes]
+        return make_report(self._resources, self._steps, self.trace, self.plan, notes)
+
+    # - The loop going by
+
+    def _root_call(self, patch: PatchedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        engine, resources = self._engine, self._resources
+        assert engine is not None
+        assert resources is not None
+        if self.optimizer is None and self._steps.saw_backward:
+            self._end_step()
+        if self._next_plan is not None and not engine.has_live_frames:
+            engine.use(self._next_plan)
+            resources.prepare(self._next_plan)
+            self._next_plan = None
+        engine.begin_root()
+        if self._observer is not None:
+            self._observer.begin_root()
+        self._steps.begin_root(args, kwargs)
+        try:
+            with self._outside(engine):
+                out = patch.plain(*args, **kwargs)
+        finally:
+            self._steps.end_root()
+        self._steps.watch(out)
+        return out
+
+    def _outside(self, engine: ActivationEngine) -> Any:
+        if self._observer is None and engine.plan.outside == "device":
+            return contextlib.nullcontext()
+        fixed = {
+            storage_key(t)
+            for t in (*self.model.parameters(), *self.model.buffers())
+            if t.layout is torch.strided and type(t) in (torch.Tensor, torch.nn.Parameter)
+        }
+        where = "device" if self._observer is not None else engine.plan.outside
+        self._hooks = OutsideHooks(engine, where, fixed)
+        return self._hooks.hooks
+
+    def _before_step(self, *_: Any) -> None:
+        if self._observer is not None:
+            self._observer.close_backward()
+        self._steps.begin_optimizer()
+
+    def _after_step(self, *_: Any) -> None:
+        self._steps.end_optimizer()
+        if self._steps.saw_backward:
+            self._end_step()
+
+    def _end_step(self) -> None:
+        """Close a step; the first one becomes the trace, and the plan follows from it."""
+        observer, engine, resources = self._observer, self._engine, self._resources
+        assert engine is not None
+        assert resources is not None
+        if observer is not None:
+            observer.close_backward()
+            if self._hooks is not None:
+                self._steps.figures.outside_saved_bytes = self._hooks.saved_bytes
+            self._observer = engine.observer = None
+            engine.fragile = observer.fragile()
+            self.trace = self._steps.trace(observer, resources.device.type)
+            self._note_unseen(observer)
+            self._next_plan = make_plan(self.trace, self._asked_plan, resources, exact=self.settings.exact)
+        self._steps.end_step()
+
+    def _note_unseen(self, observer: RegionObserver) -> None:
+        if observer.fragile():
+            ops = sorted(
+                {
+                    op.op
+                    for r in (self.trace.regions if self.trace else ())
+                    for op in r.ops
+                    if op.position in observer.fragile().get(r.name, ())
+                }
+            )
+            self.notes.append(
+                f"outputs of {', '.join(ops)} are written later by a kernel that PyTorch does not "
+                "show (Triton, numpy); they are copied at birth where they are stored"
+            )
+
+    def _take_over_checkpointing(self) -> Callable[[], None]:
+        """Switch the model's own checkpointing off while the context is open."""
+        switched = [
+            m for m in self.model.modules() if m.__dict__.get("gradient_checkpointing") is True
+        ]
+        for module in switched:
+            module.__dict__["gradient_checkpointing"] = False
+        if switched:
+            self.notes.append(
+                f"the model's own gradient checkpointing was on ({len(switched)} modules): memopt "
+                "takes it over while the context is open"
+            )
+
+        def restore() -> None:
+            for module in switched:
+                module.__dict__["gradient_checkpointing"] = True
+
+        return restore
+
+
+class _Optimize(contextlib.ContextDecorator):
+    """Context manager and decorator around a Session; a decorator starts a new one per call."""
+
+    def __init__(self, make: Callable[[], Session]) -> None:
+        self._make = make
+        self._sessions: list[Session] = []
+
+    def __enter__(self) -> Session:
+        session = self._make()
+        session.start()
+        self._sessions.append(session)
+        return session
+
+    def __exit__(self, *exc: object) -> None:
+        self._sessions.pop().stop()
+
+
+def optimize(
+    model: Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    budget: Budget | None = None,
+    plan: str | Path | Plan = "auto",
+    regions: RegionSpec = None,
+    exact: bool = True,
+    strict: bool = False,
+    engine: EngineChoice = "auto",
+    update: str = "at_step",
+) -> _Optimize:
+    """Return a context manager (or decorator) under which the model trains inside a budget.
+
+    Args:
+        model: the root module that the loop calls.
+        optimizer: the loop's optimizer; its `step()` ends a step. None: the next forward after a
+            backward does.
+        budget: bytes on device, host and SSD; None: what is free.
+        plan: "auto", "recompute", "host", "ssd", "device", a Plan, or the path of a saved one.
+        regions: names, modules or a predicate of (name, module); None: found.
+        exact: use only placements whose bits are the plain loop's.
+        strict: compare the bytes of every round trip through host memory and SSD.
+        engine: I/O engine, "auto", "io_uring" or "threads"; only "auto" may fall back.
+        update: when weights are updated; "at_step" is the only value.
+
+    Raises:
+        ConfigError: a setting is wrong, or the model is in a session already.
+        BudgetError: no placement fits the budget.
+    """
+    settings = Settings(
+        budget=budget, plan=plan, regions=regions, exact=exact, strict=strict, engine=engine,
+        update=update,
+    )  # fmt: skip
+    return _Optimize(lambda: Session(model, optimizer, settings))
+
+
+def start(
+    model: Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    budget: Budget | None = None,
+    plan: str | Path | Plan = "auto",
+    regions: RegionSpec = None,
+    exact: bool = True,
+    strict: bool = False,
+    engine: EngineChoice = "auto",
+    update: str = "at_step",
+) -> Session:
+    """Open a session for notebooks; call `run.stop()` at the end. Arguments as `optimize`."""
+    settings = Settings(
+        budget=budget, plan=plan, regions=regions, exact=exact, strict=strict, engine=engine,
+        update=update,
+    )  # fmt: skip
+    return Session(model, optimizer, settings).start()
+
+
+def _check_model(model: Module) -> None:
+    if not isinstance(model, Module):
+        raise ConfigError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    for name, module in model.named_modules():
+        if isinstance(module.__dict__.get("forward"), PatchedForward):
+            raise ConfigError(
+                f"the model is in a memopt session already (module {name or 'root'!r}); stop that "
+                "one first"
+            )
+
+
+def _read_plan(plan: str | Path | Plan) -> str | Plan:
+    if isinstance(plan, Plan) or plan == "auto" or plan in _UNIFORM:
+        return plan  # type: ignore[return-value]
+    if isinstance(plan, (str, Path)) and Path(plan).exists():
+        return Plan.load(plan)
+    raise ConfigError(
+        f"plan={str(plan)!r} is not 'auto', {', '.join(map(repr, _UNIFORM))}, a memopt.Plan, or the "
+        "path of a saved plan"
+    )
