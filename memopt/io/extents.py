@@ -170,7 +170,10 @@ class ExtentStore:
             self._collect(0)
 
     def write(self, extent: Extent, buffer: Buffer, *, offset: int = 0) -> Ticket:
-        """Start writing ``buffer`` to ``extent`` from byte ``offset`` on; see :meth:`write_batch`."""
+        """Start writing ``buffer`` to ``extent`` from byte ``offset`` on; see :meth:`write_batch`.
+
+        A write at offset 0 replaces what the extent held; later parts follow without holes.
+        """
         return self._submit("write", [(extent, buffer, offset)])
 
     def read(self, extent: Extent, buffer: Buffer, *, offset: int = 0) -> Ticket:
@@ -307,9 +310,8 @@ class ExtentStore:
     ) -> list[Transfer]:
         """Map the bytes ``[offset, offset + view.nbytes)`` of the extent to its runs."""
         end = offset + view.nbytes
-        padded = (
-            kind == "read" or end >= extent.written_bytes
-        )  # what lies behind holds no data of the extent
+        # No data of the extent lies behind the end: the rest of the last unit may be overwritten.
+        padded = kind == "read" or offset == 0 or end >= extent.written_bytes
         transfers = []
         run_begin = 0
         for run in extent.runs:

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,15 +38,11 @@ def on_disk(file, offset: int, nbytes: int) -> bytes:
 
 
 def num_threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def open_fds() -> set[str]:
-    return {
-        os.readlink(f"/proc/self/fd/{fd}")
-        for fd in os.listdir("/proc/self/fd")
-        if os.path.islink(f"/proc/self/fd/{fd}")
-    }
+    return {str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}
 
 
 def soon(condition) -> bool:
@@ -315,14 +312,14 @@ class EngineConformance:
         engine.close()
 
     def test_exit_keeps_the_exception_of_the_body(self, tmp_path):
-        with (
-            pytest.raises(KeyError),
-            contextlib.closing(create_unlinked(tmp_path)) as file,
-            self.make() as engine,
-        ):
-            self.fail(engine, -errno.EIO)
-            engine.write(file, 0, pages(4096))
-            raise KeyError
+        def body():
+            with contextlib.closing(create_unlinked(tmp_path)) as file, self.make() as engine:
+                self.fail(engine, -errno.EIO)
+                engine.write(file, 0, pages(4096))
+                raise KeyError("the body's own")
+
+        with pytest.raises(KeyError, match="the body's own"):
+            body()
 
     # ------------------------------------------------------------------------------------- waiting, life
 
