@@ -70,7 +70,15 @@ def llama(shape: Shape, *, accumulate: bool = False) -> StepTrace:
     elementwise += small("norm", 1, 1, 2)
     gemm += mm("mm.q", 1, 1, 0) + mm("mm.k", 1, kv, 0) + mm("mm.v", 1, kv, kv)
     elementwise += small("rope", 1 + kv, 1 + kv, 2 + 2 * kv)
-    op("attention", 1, 1, attention / shape.attn_forward, flops=attention, kind="attention", extra=4 * s * shape.heads)
+    op(
+        "attention",
+        1,
+        1,
+        attention / shape.attn_forward,
+        flops=attention,
+        kind="attention",
+        extra=4 * s * shape.heads,
+    )
     gemm += mm("mm.o", 1, 1, 0)
     elementwise += small("add", 1, 1, 3) + small("norm", 1, 1, 2)
     gemm += mm("mm.gate", 1, wide, wide) + mm("mm.up", 1, wide, wide)
@@ -91,7 +99,8 @@ def llama(shape: Shape, *, accumulate: bool = False) -> StepTrace:
             num_ops=2 * len(ops),
             forward_s=forward,
             recompute_s=forward - down - last,
-            backward_s=2 * (gemm + down + elementwise + last) + 2.5 * attention / shape.attn_backward,
+            backward_s=2 * (gemm + down + elementwise + last)
+            + 2.5 * attention / shape.attn_backward,
             forward_peak_bytes=int((3 * wide + 3) * unit),
             backward_peak_bytes=saved - unit + int((wide + 1.5) * unit) + grad,
             grad_nbytes=grad,
