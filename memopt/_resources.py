@@ -14,7 +14,7 @@ from memopt.io import Engine, ExtentStore, open_engine
 from memopt.memory.accounting import AccountedMemory
 from memopt.memory.buffers import HostBuffers
 from memopt.memory.host import host_facts, reset_peak_resident, resolve_budget
-from memopt.memory.link import measure_hardware
+from memopt.memory.link import PROBE_BYTES, measure_hardware
 from memopt.memory.malloc import pin_mmap_threshold
 from memopt.memory.meter import CpuMeter, CudaMeter, Meter
 from memopt.states_bytes import expected_grad_bytes, measure_states, optimizer_tensors
@@ -77,7 +77,13 @@ class Resources:
 
     def hardware(self) -> Hardware:
         """Measure the ways off the device."""
-        return measure_hardware(self.device, self.host, self.io[1] if self.io else None)
+        if self.io is None:
+            return measure_hardware(self.device, self.host, None)
+        probed = [(d.path, PROBE_BYTES) for d in self.budget.ssd if d.size_bytes >= PROBE_BYTES]
+        if not probed:
+            return measure_hardware(self.device, self.host, self.io[1])
+        with ExtentStore(probed, self.io[0]) as store:
+            return measure_hardware(self.device, self.host, store)
 
     def prepare(self, plan: Plan) -> None:
         """Create the plan's host blocks in the background."""

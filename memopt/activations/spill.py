@@ -7,8 +7,10 @@ too. A transfer that failed is raised at the next `poll`, `take` or `store`, nev
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +37,7 @@ class SpillArea:
         self.store = store
         self.staging = staging
         self._writing: deque[_Write] = deque()
+        self._waiter: ThreadPoolExecutor | None = None
 
     def stage(self, nbytes: int, *, wait: bool = True) -> HostBuffer | None:
         """Return a staging buffer, waiting for the oldest writes while there is none."""
@@ -50,6 +53,32 @@ class SpillArea:
         ticket = self.store.write(extent, buffer.memory(nbytes))
         self._writing.append(_Write(ticket, buffer))
         return ticket
+
+    def write_after(self, event: Any, extent: Any, buffer: HostBuffer, nbytes: int) -> Any:
+        """Write a staging buffer out once a CUDA event has passed."""
+        self._waiter = self._waiter or ThreadPoolExecutor(1, "memopt-spill")
+
+        def chain() -> None:
+            event.synchronize()
+            self.store.write(extent, buffer.memory(nbytes)).wait()
+
+        ticket = _Chained(self._waiter.submit(chain))
+        self._writing.append(_Write(ticket, buffer))
+        return ticket
+
+    def free_after(self, ticket: Any, extent: Any) -> None:
+        """Free an extent, after the write into it if that has not even begun."""
+        if not ticket.done():
+            with contextlib.suppress(OSError):
+                ticket.wait()
+        self.store.free(extent)
+
+    def release_after(self, ticket: Any, buffer: HostBuffer) -> None:
+        """Return a staging buffer once the read into it is over."""
+        if not ticket.done():
+            with contextlib.suppress(OSError):
+                ticket.wait()
+        self.staging.release(buffer)
 
     def poll(self) -> None:
         """Return the buffers of finished writes; raise the first that failed."""
@@ -76,6 +105,8 @@ class SpillArea:
             try:
                 self.finish()
             finally:
+                if self._waiter is not None:
+                    self._waiter.shutdown(wait=True)
                 self._writing.clear()
                 self.store.close()
         finally:
@@ -96,6 +127,23 @@ class _Write:
     def __init__(self, ticket: Any, buffer: HostBuffer) -> None:
         self.ticket = ticket
         self.buffer = buffer
+
+
+class _Chained:
+    """A write that waits for a CUDA event first, with the interface of an I/O ticket."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def done(self) -> bool:
+        """Whether it is over, well or badly."""
+        return self._future.done()
+
+    def wait(self) -> None:
+        """Wait and raise what went wrong."""
+        self._future.result()
 
 
 class SpillStored:
@@ -194,6 +242,5 @@ class SpillStored:
         if self._reading is not None:
             ticket, buffer = self._reading
             self._reading = None
-            ticket.done() or ticket.wait()
-            self._area.staging.release(buffer)
+            self._area.release_after(ticket, buffer)
         self._free()

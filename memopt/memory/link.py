@@ -12,7 +12,7 @@ from memopt.memory.buffers import HostBuffer, HostBuffers
 from memopt.types.hardware import Hardware
 
 _LINK_BYTES = 64 << 20
-_DISK_BYTES = 32 << 20
+PROBE_BYTES = 32 << 20
 
 
 def measure_hardware(device: torch.device, host: HostBuffers | None, store: Any) -> Hardware:
@@ -67,22 +67,22 @@ def _link_rates(device: torch.device, buffer: HostBuffer) -> tuple[float, float]
 
 
 def _memcpy_rate() -> float:
-    source = torch.empty(_DISK_BYTES, dtype=torch.uint8).fill_(1)
+    source = torch.empty(PROBE_BYTES, dtype=torch.uint8).fill_(1)
     target = torch.empty_like(source).fill_(0)
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()
         target.copy_(source)
         seconds.append(time.perf_counter() - begin)
-    return _DISK_BYTES / statistics.median(seconds)
+    return PROBE_BYTES / statistics.median(seconds)
 
 
 def _disk_rates(store: Any) -> tuple[float, float]:
-    buffer = HostBuffer(_DISK_BYTES)
+    buffer = HostBuffer(PROBE_BYTES)
     buffer.fault_in()
     buffer.bytes_tensor.random_(0, 255, generator=torch.Generator().manual_seed(0))
-    memory = buffer.memory(_DISK_BYTES)
-    extent = store.alloc(_DISK_BYTES)
+    memory = buffer.memory(PROBE_BYTES)
+    extent = store.alloc(PROBE_BYTES)
     try:
         begin = time.perf_counter()
         store.write(extent, memory).wait()
@@ -92,4 +92,4 @@ def _disk_rates(store: Any) -> tuple[float, float]:
     finally:
         store.free(extent)
         memory.release()
-    return _DISK_BYTES / (middle - begin), _DISK_BYTES / (end - middle)
+    return PROBE_BYTES / (middle - begin), PROBE_BYTES / (end - middle)
