@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 
 from memopt.io.files import IoFile, create_unlinked
-from memopt.io.free_list import FreeList
+from memopt.types.free_list import FreeList
 
 __all__ = ["Area", "ExtentStoreFull", "open_area"]
 

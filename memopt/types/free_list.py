@@ -1,7 +1,6 @@
-"""Free space of one extent file: best fit over half-open intervals, neighbours joined when they are freed.
+"""Free space of an arena or of an extent file: best fit over half-open intervals, neighbours joined when freed.
 
-Spill sizes repeat from step to step, so best fit finds the very interval that was freed a step ago and the file does
-not fragment. Both indexes cost O(log n) comparisons; n is the number of holes, not of extents.
+Sizes repeat from step to step, so best fit finds the very interval that was freed a step ago and nothing fragments. Both indexes cost O(log n) comparisons; n is the number of holes, not of extents.
 """
 
 from __future__ import annotations
@@ -49,6 +48,16 @@ class FreeList:
             self._insert(start + nbytes, size - nbytes)
         self.free_bytes -= nbytes
         return start
+
+    def hole_at(self, start: int) -> int:
+        """Return the size of the hole that begins at ``start``, 0 when none does."""
+        return self._size_at.get(start, 0)
+
+    def take_hole(self, start: int) -> int:
+        """Take the whole hole that begins at ``start``; return its size."""
+        nbytes = self._remove(start)
+        self.free_bytes -= nbytes
+        return nbytes
 
     def take_largest(self, limit_bytes: int) -> tuple[int, int] | None:
         """Take the largest hole, at most ``limit_bytes`` of it; return ``(start, nbytes)``, or None."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memopt.io.free_list import FreeList
+from memopt.types.free_list import FreeList
 
 
 def test_best_fit_and_joined_neighbours():
@@ -20,6 +20,10 @@ def test_best_fit_and_joined_neighbours():
     assert free.take(25) is None
     assert free.take_largest(100) == (0, 24)
     assert free.take_largest(1) is None
+    free.add(5, 3)
+    assert (free.hole_at(5), free.hole_at(6)) == (3, 0)
+    assert free.take_hole(5) == 3
+    assert free.free_bytes == 0
 
 
 @settings(max_examples=100, deadline=None)
