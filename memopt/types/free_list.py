@@ -1,6 +1,7 @@
 """Free space of an arena or of an extent file: best fit over half-open intervals, neighbours joined when freed.
 
-Sizes repeat from step to step, so best fit finds the very interval that was freed a step ago and nothing fragments. Both indexes cost O(log n) comparisons; n is the number of holes, not of extents.
+Sizes repeat from step to step, so best fit finds the very interval that was freed a step ago and nothing fragments.
+Both indexes cost O(log n) comparisons; n is the number of holes.
 """
 
 from __future__ import annotations
