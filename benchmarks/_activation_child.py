@@ -93,25 +93,47 @@ def _warm_up(child: Child, tokens: Any) -> dict[str, Any]:
     return {"warm_up_s": time.perf_counter() - begin, "attention": attention}
 
 
-def _peaks(device: str) -> dict[str, int | None]:
-    """Return the peaks since the last reset; PyTorch's own pinned memory is what peers use."""
-    import torch
+class Peaks:
+    """Peaks of PyTorch's allocator that survive others' resets: a method under test may reset the counters itself."""
 
-    names = (
-        "peak_allocated_bytes",
-        "peak_reserved_bytes",
-        "torch_pinned_bytes",
-        "num_alloc_retries",
-    )
-    if device == "cpu":
-        return dict.fromkeys(names)
-    values = (
-        torch.cuda.max_memory_allocated(),
-        torch.cuda.max_memory_reserved(),
-        torch.cuda.host_memory_stats().get("allocated_bytes.peak"),
-        torch.cuda.memory_stats().get("num_alloc_retries"),
-    )
-    return dict(zip(names, values, strict=True))
+    def __init__(self) -> None:
+        import torch
+
+        self._allocated_bytes = self._reserved_bytes = 0
+        self._reset = torch.cuda.reset_peak_memory_stats
+
+    def install(self) -> None:
+        """Take what the counters hold before anyone resets them from now on."""
+        import torch
+
+        def keep_and_reset(device: Any = None) -> None:
+            self._take()
+            self._reset(device)
+
+        torch.cuda.reset_peak_memory_stats = keep_and_reset
+
+    def start(self) -> None:
+        """Begin a new period."""
+        self._reset()
+        self._allocated_bytes = self._reserved_bytes = 0
+
+    def _take(self) -> None:
+        import torch
+
+        self._allocated_bytes = max(self._allocated_bytes, torch.cuda.max_memory_allocated())
+        self._reserved_bytes = max(self._reserved_bytes, torch.cuda.max_memory_reserved())
+
+    def read(self) -> dict[str, int | None]:
+        """Return the period's peaks; PyTorch's own pinned memory (what peers use) since the start."""
+        import torch
+
+        self._take()
+        return {
+            "peak_allocated_bytes": self._allocated_bytes,
+            "peak_reserved_bytes": self._reserved_bytes,
+            "torch_pinned_bytes": torch.cuda.host_memory_stats().get("allocated_bytes.peak"),
+            "num_alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries"),
+        }
 
 
 def _grad_norm(model: Any) -> float:
@@ -149,14 +171,16 @@ def _measure(child: Child, row: Row, flush: Callable[[dict[str, Any]], None]) ->
     begin = time.perf_counter()
     model = _build(child)
     result["build_s"] = time.perf_counter() - begin
-    if child.device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
+    peaks = Peaks() if child.device != "cpu" else None
+    if peaks is not None:
+        peaks.install()
+        peaks.start()
     losses: list[Any] = []
     with METHODS[row.method].attach(model, row, Settings(**child.settings)) as attached:
         for index in range(row.num_untimed + row.num_timed):
-            if index == row.num_untimed and child.device != "cpu":
-                result["untimed_peaks"] = _peaks(child.device)
-                torch.cuda.reset_peak_memory_stats()
+            if index == row.num_untimed and peaks is not None:
+                result["untimed_peaks"] = peaks.read()
+                peaks.start()
             taken = time_step(lambda: _step(model, tokens, attached, losses), child.device)
             if index < row.num_untimed:
                 result["untimed_step_s"].append(taken.wall_s)
@@ -164,7 +188,9 @@ def _measure(child: Child, row: Row, flush: Callable[[dict[str, Any]], None]) ->
                 result["step_s"].append(taken.wall_s)
                 result["device_step_s"].append(taken.device_s)
             flush(result)
-        result |= _peaks(child.device) | {"resident_peak_bytes": resident_peak_bytes()}
+        result |= (peaks.read() if peaks is not None else {}) | {
+            "resident_peak_bytes": resident_peak_bytes()
+        }
         result |= {"gpu_after": nvidia_smi("clocks.sm", "temperature.gpu", "power.draw")}
         result |= {"losses": [float(loss) for loss in losses], "grad_norm": _grad_norm(model)}
         flush(result)

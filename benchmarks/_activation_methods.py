@@ -168,10 +168,10 @@ def _memopt(model: Any, row: Row, settings: Settings) -> Iterator[Attached]:
     with memopt.optimize(model, budget=budget, plan=row.plan or "auto") as run:
 
         def report() -> dict[str, Any]:
-            plan = run.plan
             return {
                 "report": run.report().to_dict(),
-                "plan": plan.to_dict() if plan is not None else None,
+                "plan": run.plan.to_dict(),
+                "trace": run.trace.to_dict() if run.trace is not None else None,
             }
 
         yield Attached(step_context=nullcontext, report=report)

@@ -260,9 +260,10 @@ def _main_parent(args: argparse.Namespace) -> int:
     for row in rows:
         begin = time.monotonic()
         result = _tried(row, args, deadline=deadline, limits=limits)
-        plan = (result.get("method_report") or {}).pop("plan", None)
-        if plan is not None:
-            plans[f"{row.tokens} {row.label}"] = plan
+        report = result.get("method_report") or {}
+        made = {key: report.pop(key) for key in ("plan", "trace") if report.get(key) is not None}
+        if made:
+            plans[f"{row.tokens} {row.label}"] = made
         result |= {
             "median_step_s": median(result.get("step_s", ())),
             "row_s": time.monotonic() - begin,
@@ -302,7 +303,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--least-time", type=float, default=20.0, help="start no row with less than this left"
     )
-    parser.add_argument("--plans", type=Path, help="write memopt's plans to this file")
+    parser.add_argument("--plans", type=Path, help="write memopt's traces and plans to this file")
     parser.add_argument(
         "--dry",
         action="store_true",

@@ -78,7 +78,11 @@ def test_dry_run_measures_every_row_it_can_and_says_why_not(tmp_path):
     assert moved["ssd_write_bytes"] > 0, (
         "plan='ssd' moved nothing: this row measured the plain step"
     )
-    assert json.loads((tmp_path / "plans.json").read_text()).keys() == {"128 memopt=ssd@1GiB"}
+    plans = json.loads((tmp_path / "plans.json").read_text())
+    assert plans.keys() == {"128 memopt=ssd@1GiB"}
+    assert plans["128 memopt=ssd@1GiB"]["plan"]["regions"]
+    assert plans["128 memopt=ssd@1GiB"]["trace"]["regions"]
+    assert "plan" not in memopt["method_report"]
     shown = (tmp_path / "activations.md").read_text()
     assert "| 128 | memopt=ssd@1GiB |" in shown
     assert "128 trl: skipped: needs CUDA" in shown
@@ -242,6 +246,34 @@ def test_estimate_is_the_plain_steps_bytes(bench, methods):
     assert why(65536, "trl", 139.8, 300) == ""
     for method in ("checkpoint", "memopt", "trl_checkpoint"):
         assert why(65536, method, 139.8, 118) == ""
+
+
+def test_peaks_survive_a_reset_by_the_method_under_test(bench, monkeypatch):
+    import torch
+
+    now = {"allocated": 0, "reserved": 0}
+
+    def reset(device: object = None) -> None:
+        now.update(allocated=1, reserved=2)
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: now["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: now["reserved"])
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: {"allocated_bytes.peak": 5})
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": 0})
+    peaks = importlib.import_module("_activation_child").Peaks()
+    peaks.install()
+    peaks.start()
+    now.update(allocated=10, reserved=20)
+    torch.cuda.reset_peak_memory_stats("cuda:0")  # what the method does between steps
+    assert now == {"allocated": 1, "reserved": 2}, "the method's own reset must still work"
+    now.update(allocated=7, reserved=30)
+    read = peaks.read()
+    assert read["peak_allocated_bytes"] == 10
+    assert read["peak_reserved_bytes"] == 30
+    assert read["torch_pinned_bytes"] == 5
+    peaks.start()
+    assert peaks.read()["peak_allocated_bytes"] == 1
 
 
 def row_of(
