@@ -34,9 +34,6 @@ from memopt.types.trace import RegionTrace, StepTrace
 ALIGN_BYTES = (
     4096  # host and SSD areas start on pages, so that O_DIRECT and page-locking work on them
 )
-STAGING_BYTES_PER_S = (
-    5e9  # one core's memcpy between a tensor and a staging buffer, where the device is the CPU
-)
 CUDA_SLACK = 0.03
 CPU_SLACK = 0.01
 
@@ -112,16 +109,23 @@ class RegionLoad:
 
 @dataclass(frozen=True)
 class RegionModel:
-    """Facts shared by all regions that ran the same ops on the same shapes, and the loads worked out so far."""
+    """One region's facts, shared with its equals, and the loads worked out so far.
 
+    Args:
+        kind: number of the set of regions that ran the same ops on the same shapes.
+        region: bytes; its own times are not used.
+        forward_s, recompute_s, backward_s: medians over the kind.
+        offsets_s: per op, when its output exists, from the start of the region's forward.
+        gains_s: per op, what answering it from storage takes off the recompute.
+    """
+
+    kind: int
     region: RegionTrace
     forward_s: float
     recompute_s: float
     backward_s: float
-    offsets_s: tuple[
-        float, ...
-    ]  # when each op's output exists, from the start of the region's forward
-    gains_s: tuple[float, ...]  # what answering each op from storage takes off the recompute
+    offsets_s: tuple[float, ...]
+    gains_s: tuple[float, ...]
     loads: dict[Choice, RegionLoad]
 
     @property
@@ -147,8 +151,9 @@ class RegionModel:
 
     def _plain_load(self) -> RegionLoad:
         region, by_ops = self.region, self.saved_by_ops_bytes
-        saved = max(region.saved_nbytes, by_ops)
-        live_input = max(region.input_nbytes, saved - by_ops)
+        # a block's first ops save its input, which was born outside and may not be in saved_nbytes
+        saved = max(region.saved_nbytes, by_ops + region.input_nbytes)
+        live_input = saved - by_ops
         return RegionLoad(
             plain=True,
             kept_bytes=saved,
@@ -301,40 +306,44 @@ def _outside_bytes(trace: StepTrace) -> int:
     """
     bound = trace.outside_saved_bytes
     if trace.peak_bytes > 0:
-        above = trace.peak_bytes - trace.resident_bytes
+        # optimizer state may have come only at the end of the traced step
+        above = trace.peak_bytes - (trace.resident_bytes - trace.optimizer_bytes)
         bound = min(bound, above - trace.outside_peak_bytes)
         bound = min(bound, above - max(r.backward_peak_bytes for r in trace.regions))
     return max(0, bound)
 
 
 def _models(regions: Sequence[RegionTrace]) -> tuple[RegionModel, ...]:
-    groups: dict[tuple[object, ...], list[RegionTrace]] = {}
+    alike: dict[tuple[object, ...], list[RegionTrace]] = {}
     keys = [_shape_key(r) for r in regions]
     for key, region in zip(keys, regions, strict=True):
-        groups.setdefault(key, []).append(region)
-    made = {key: _model(members) for key, members in groups.items()}
-    return tuple(made[key] for key in keys)
+        alike.setdefault(key, []).append(region)
+    kinds = {key: number for number, key in enumerate(alike)}
+    made: dict[tuple[int, int, int], RegionModel] = {}
+    found = []
+    for key, region in zip(keys, regions, strict=True):
+        # peaks differ within a kind (the first block's backward is followed by the embedding's)
+        which = (kinds[key], region.forward_peak_bytes, region.backward_peak_bytes)
+        if which not in made:
+            made[which] = _model(kinds[key], region, alike[key])
+        found.append(made[which])
+    return tuple(found)
 
 
 def _shape_key(region: RegionTrace) -> tuple[object, ...]:
-    """Return what two regions must share to be planned as one: group and every byte count."""
+    """Return what two regions must share to be of one kind: the same ops on the same shapes."""
     ops = tuple(
         (o.position, o.op, o.nbytes, o.saved_nbytes, o.kind, o.placeable) for o in region.ops
     )
-    sizes = (region.input_nbytes, region.saved_nbytes, region.grad_nbytes)
-    return (region.group, sizes, region.forward_peak_bytes, region.backward_peak_bytes, ops)
+    return (region.group, region.input_nbytes, region.saved_nbytes, region.grad_nbytes, ops)
 
 
-def _model(members: Sequence[RegionTrace]) -> RegionModel:
-    region = members[0]
-    times = [median(r.ops[k].time_s for r in members) for k in range(len(region.ops))]
-    forward_s = median(r.forward_s for r in members)
-    recompute_s = median(r.recompute_s for r in members)
-    saved_at = [op.position for op in region.ops if op.saved_nbytes > 0]
-    last_saved = max(saved_at) if saved_at else -1
-    gains = [
-        t if op.position <= last_saved else 0.0 for op, t in zip(region.ops, times, strict=True)
-    ]
+def _model(kind: int, region: RegionTrace, alike: Sequence[RegionTrace]) -> RegionModel:
+    times = [median(r.ops[k].time_s for r in alike) for k in range(len(region.ops))]
+    forward_s = median(r.forward_s for r in alike)
+    recompute_s = median(r.recompute_s for r in alike)
+    last_saved = max((op.position for op in region.ops if op.saved_nbytes > 0), default=-1)
+    gains = [t * (op.position <= last_saved) for op, t in zip(region.ops, times, strict=True)]
     # op times are measured one by one, with gaps between them that the whole region does not have
     shrink = min(1.0, recompute_s / sum(gains)) if sum(gains) > 0 else 0.0
     stretch = min(1.0, forward_s / sum(times)) if sum(times) > 0 else 0.0
@@ -343,10 +352,11 @@ def _model(members: Sequence[RegionTrace]) -> RegionModel:
         clock += t * stretch
         offsets.append(clock)
     return RegionModel(
+        kind=kind,
         region=region,
         forward_s=forward_s,
         recompute_s=recompute_s,
-        backward_s=median(r.backward_s for r in members),
+        backward_s=median(r.backward_s for r in alike),
         offsets_s=tuple(offsets),
         gains_s=tuple(g * shrink for g in gains),
         loads={},

@@ -28,12 +28,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from memopt.plan.cost import Choice, RegionModel, StepModel
+from memopt.plan.cost import Choice, StepModel
 from memopt.plan.simulate import Settings
-from memopt.plan.smallest import Candidate, Limits, evaluate
+from memopt.plan.smallest import MIN_MOVE_BYTES, Candidate, Limits, evaluate
 from memopt.types.plan import Placement
 
-UNBOUNDED = 1 << 62
 HIDDEN_S = 1e-9  # waits below this are rounding
 
 
@@ -41,32 +40,25 @@ HIDDEN_S = 1e-9  # waits below this are rounding
 class Item:
     """One op output of one kind of region: the unit of choice."""
 
-    model: RegionModel
     index: int
     gain_s: float
     nbytes: int
+    attention: bool
     regions: tuple[int, ...]
 
 
 def items_of(model: StepModel) -> list[Item]:
     """Return the outputs worth storing, best first: time saved per byte, attention before others at equal worth."""
     found: list[Item] = []
-    distinct = {id(m): m for m in model.models}
-    for region_model in distinct.values():
-        regions = tuple(k for k, m in enumerate(model.models) if m is region_model)
-        for index, (op, gain) in enumerate(
-            zip(region_model.region.ops, region_model.gains_s, strict=True)
-        ):
+    for kind in dict.fromkeys(m.kind for m in model.models):
+        regions = tuple(k for k, m in enumerate(model.models) if m.kind == kind)
+        first = model.models[regions[0]]
+        for index, (op, gain) in enumerate(zip(first.region.ops, first.gains_s, strict=True)):
             if op.placeable and op.nbytes > 0 and (gain > 0 or op.kind == "attention"):
-                found.append(Item(region_model, index, gain, op.nbytes, regions))
+                attention = op.kind == "attention"
+                found.append(Item(index, gain, op.nbytes, attention, regions))
     return sorted(
-        found,
-        key=lambda i: (
-            -i.gain_s / i.nbytes,
-            i.model.region.ops[i.index].kind != "attention",
-            i.regions[0],
-            i.index,
-        ),
+        found, key=lambda i: (-i.gain_s / i.nbytes, not i.attention, i.regions[0], i.index)
     )
 
 
@@ -132,6 +124,10 @@ class Search:
             for k in item.regions
             if not best.choices[k].plain and best.choices[k].ops[item.index] == "recompute"
         ]
+        if where != "device" and item.nbytes < MIN_MOVE_BYTES:
+            return best
+        if where == "ssd" and item.nbytes > self.limits.staging_bytes:
+            return best
         if where != "device" and hidden:
             free = self.not_first_in_backward(best, free)
         if not free:

@@ -13,8 +13,10 @@ SSD writes and reads are five queues that each work in order.
   threads; back likewise. The memcpy counts as exposed time.
 
 Device bytes of a phase are the sum of five terms: what stands (states, inputs, stored outputs), new gradients, the
-running region's transients, what is on its way out, what came back early. Copies on their way are counted until
-one more window could have drained behind them: a link a little slower than assumed must not break the budget.
+running region's transients, what is on its way out, what came back early. They are counted in the order in which
+the program allocates, not in device time: the caching allocator gives memory out as kernels are queued, far ahead of
+the device, so a source is only sure to be free once a full window pushed it out. A full window therefore stays
+counted once that much has left. On CPU staging buffers hold both, and the caller keeps them out of the budget.
 
 Differs from schedules that keep two fixed rounding buffers (MEMO, arXiv 2407.12117, section 4.1): the window is in
 bytes, tensors of several regions may be in it, and gradients that do not exist yet leave their bytes to activations.
@@ -27,7 +29,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memopt.plan.cost import (
-    STAGING_BYTES_PER_S,
     Choice,
     RegionLoad,
     StepModel,
@@ -105,10 +106,7 @@ class _Queues:
         self.d2h_free = self.h2d_free = self.write_free = self.read_free = 0.0
         self.pending: deque[tuple[float, int]] = deque()  # (finish, bytes) of what is in the window
         self.pending_bytes = 0
-        self.leaving: deque[tuple[float, int]] = (
-            deque()
-        )  # the same for the byte levels, kept longer
-        self.leaving_bytes = 0
+        self.sent_bytes = 0
 
     def wait_until(self, moment: float) -> None:
         """Compute waits."""
@@ -126,7 +124,7 @@ class _Queues:
             self.pending_bytes -= gone
             self.wait_until(finish)
         if self.on_cpu:
-            self.wait_until(self.clock + nbytes / STAGING_BYTES_PER_S)
+            self.wait_until(self.clock + nbytes * self.d2h)
             finish = self.write_free = max(self.write_free, self.clock) + nbytes * self.write
         else:
             finish = self.d2h_free = max(self.d2h_free, self.clock) + nbytes * self.d2h
@@ -134,8 +132,7 @@ class _Queues:
                 finish = self.write_free = max(self.write_free, finish) + nbytes * self.write
         pending.append((finish, nbytes))
         self.pending_bytes += nbytes
-        self.leaving.append((finish, nbytes))
-        self.leaving_bytes += nbytes
+        self.sent_bytes += nbytes
         return finish
 
     def fetch(self, nbytes: int, from_ssd: bool, not_before: float) -> float:
@@ -147,13 +144,6 @@ class _Queues:
                 return ready
         self.h2d_free = max(self.h2d_free, ready) + nbytes * self.h2d
         return self.h2d_free
-
-    def on_way_out(self, begin: float, drain_s: float) -> int:
-        """Return the bytes that may still be on their way at `begin`, given `drain_s` of delay."""
-        leaving = self.leaving
-        while leaving and leaving[0][0] + drain_s <= begin:
-            self.leaving_bytes -= leaving.popleft()[1]
-        return self.leaving_bytes
 
 
 def split_back(back: Sequence[tuple[int, bool]], prefetch_bytes: int) -> int:
@@ -177,20 +167,16 @@ class _Run:
         )
         self.gradients = 0
         self.terms: list[tuple[int, int, int, int, int]] = []
-        rate = model.hardware.d2h_bytes_per_s
-        if any(load.ssd_bytes for load in loads):
-            rate = min(rate, model.hardware.ssd_write_bytes_per_s) or rate
-        self.drain_s = settings.window_bytes / rate
         largest = max((item.nbytes for load in loads for item in load.out), default=0)
         self.most_on_way = max(settings.window_bytes, largest)
         self.arrived = [0.0] * len(loads)
 
-    def note(self, transient: int, begin: float, fetched: int = 0) -> None:
-        """Record a phase that began at `begin` and ends now."""
-        out = self.queues.on_way_out(begin, self.drain_s)
-        self.terms.append(
-            (self.standing, self.gradients, transient, min(out, self.most_on_way), fetched)
-        )
+    def note(self, transient: int, fetched: int = 0) -> None:
+        """Record the phase that ends now."""
+        out = min(self.queues.sent_bytes, self.most_on_way)
+        if self.queues.on_cpu:
+            out = fetched = 0
+        self.terms.append((self.standing, self.gradients, transient, out, fetched))
 
     def forward(self) -> None:
         queues = self.queues
@@ -200,24 +186,21 @@ class _Run:
                 queues.clock = max(queues.clock, begin + item.offset_s + queues.exposed - waited)
                 self.arrived[k] = queues.send(item)
             queues.clock = begin + region.forward_s + queues.exposed - waited
-            self.note(load.forward_bytes, begin)
+            self.note(load.forward_bytes)
             self.standing += load.kept_bytes
 
     def turning_point(self) -> None:
         model, queues, outside = self.model, self.queues, self.settings.outside
-        begin = queues.clock
         queues.clock += model.outside_s
         if outside != "device":  # what the loss saved is needed at once: both ways are exposed
             moved = model.trace.outside_saved_bytes
             self.exposed_round_trip(moved, outside == "ssd")
-        self.note(model.output_bytes + model.trace.outside_peak_bytes, begin)
+        self.note(model.output_bytes + model.trace.outside_peak_bytes)
         self.gradients += model.outside_grad_bytes
 
     def exposed_round_trip(self, nbytes: int, to_ssd: bool) -> None:
         queues = self.queues
         per_byte = queues.d2h + queues.h2d
-        if queues.on_cpu:
-            per_byte = 2.0 / STAGING_BYTES_PER_S
         if to_ssd:
             per_byte += queues.write + queues.read
         queues.wait_until(queues.clock + nbytes * per_byte)
@@ -229,7 +212,7 @@ class _Run:
         )
         asked_bytes, asked_ready = 0, 0.0
         for k in range(len(loads) - 1, -1, -1):
-            load, region, begin = loads[k], model.models[k], queues.clock
+            load, region = loads[k], model.models[k]
             if not load.plain:
                 ready = asked_ready
                 for nbytes, from_ssd in load.back[asked:]:
@@ -238,10 +221,10 @@ class _Run:
                 queues.wait_until(ready)
                 if queues.on_cpu:
                     staged = sum(nbytes for nbytes, _ in load.back)
-                    queues.wait_until(queues.clock + staged / STAGING_BYTES_PER_S)
+                    queues.wait_until(queues.clock + staged * queues.h2d)
                 queues.clock += load.rerun_s
             queues.clock += region.backward_s
-            self.note(load.backward_bytes + self.grad_of_output(k), begin, asked_bytes)
+            self.note(load.backward_bytes + self.grad_of_output(k), asked_bytes)
             self.standing -= load.kept_bytes
             self.gradients += model.grad_bytes[k]
 
@@ -265,7 +248,7 @@ class _Run:
 
     def finish(self) -> Timeline:
         model, trace, queues, loads = self.model, self.model.trace, self.queues, self.loads
-        self.note(model.models[0].region.input_nbytes, queues.clock)
+        self.note(model.models[0].region.input_nbytes)
         self.terms.append((max(0, trace.optimizer_peak_bytes), 0, 0, 0, 0))
         levels = tuple(map(sum, self.terms))
         host = sum(load.host_bytes for load in loads)
@@ -278,8 +261,6 @@ class _Run:
                 ssd += aligned(trace.outside_saved_bytes)
             else:
                 host += aligned(trace.outside_saved_bytes)
-        if ssd and not queues.on_cpu:
-            host += self.staging_bytes()
         micro = trace.num_micro_batches
         return Timeline(
             step_s=queues.clock * micro + trace.optimizer_s,
@@ -291,15 +272,6 @@ class _Run:
             levels=levels,
             terms=tuple(self.terms),
         )
-
-    def staging_bytes(self) -> int:
-        """Return host bytes through which SSD traffic of a CUDA device passes: what may be unfinished each way."""
-        by_region = [[nbytes for nbytes, from_ssd in load.back if from_ssd] for load in self.loads]
-        total = sum(map(sum, by_region)) + self.model.trace.outside_saved_bytes * (
-            self.settings.outside == "ssd"
-        )
-        out = min(self.most_on_way, total)
-        return aligned(out) + aligned(max(map(sum, by_region), default=0))
 
 
 def simulate(model: StepModel, loads: Sequence[RegionLoad], settings: Settings) -> Timeline:

@@ -12,7 +12,7 @@ untouched step is a candidate too: with one region it can be the smallest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memopt.plan.cost import (
     Choice,
@@ -31,15 +31,23 @@ from memopt.types.sizes import format_bytes
 from memopt.types.trace import StepTrace
 
 MIB = 1 << 20
+UNBOUNDED = 1 << 62
+MIN_MOVE_BYTES = (
+    1 << 16
+)  # smaller tensors stay on the device: a transfer costs more than they weigh
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a plan may use: `device_bytes` with the slack already taken off."""
+    """What a plan may use: `device_bytes` with the slack already taken off.
+
+    `staging_bytes` is the size of the buffers between tensors and SSD: no larger tensor can go there.
+    """
 
     device_bytes: int
     host_bytes: int
     ssd_bytes: int
+    staging_bytes: int = UNBOUNDED
 
     def hold(self, timeline: Timeline) -> bool:
         """Return whether a simulated step stays inside all three."""
@@ -72,21 +80,25 @@ def plain_choices(model: StepModel, since: int = 0) -> list[Choice]:
     ]
 
 
-def away(model: StepModel, host_bytes: int, ssd_bytes: int) -> list[Placement]:
+def away(model: StepModel, limits: Limits) -> list[Placement]:
     """Return where each input would leave to, the first regions first; "device" where no room is left."""
-    on_cpu = model.hardware.device == "cpu"
+    hardware = model.hardware
     left = {
-        "host": 0 if on_cpu else host_bytes,
-        "ssd": ssd_bytes if model.hardware.ssd_write_bytes_per_s > 0 else 0,
+        "host": 0 if hardware.device == "cpu" else limits.host_bytes,
+        "ssd": limits.ssd_bytes if hardware.ssd_write_bytes_per_s > 0 else 0,
     }
     placements: list[Placement] = []
     for region in model.models:
-        size = aligned(region.region.input_nbytes)
+        nbytes = region.region.input_nbytes
+        size = aligned(nbytes)
         chosen: Placement = "device"
-        for medium in ("host", "ssd"):
-            if chosen == "device" and size <= left[medium]:
-                left[medium] -= size
-                chosen = "host" if medium == "host" else "ssd"
+        if nbytes >= MIN_MOVE_BYTES:
+            if size <= left["host"]:
+                chosen = "host"
+            elif size <= left["ssd"] and nbytes <= limits.staging_bytes:
+                chosen = "ssd"
+        if chosen != "device":
+            left[chosen] -= size
         placements.append(chosen)
     return placements
 
@@ -99,10 +111,10 @@ def with_inputs(choices: Sequence[Choice], inputs: Sequence[Placement], count: i
     ]
 
 
-def smallest_candidates(model: StepModel, host_bytes: int, ssd_bytes: int) -> Iterator[Candidate]:
+def smallest_candidates(model: StepModel, limits: Limits) -> Iterator[Candidate]:
     """Yield the candidates for the smallest device peak that stay inside host and SSD budgets."""
-    limits = Limits(1 << 62, host_bytes, ssd_bytes)
-    inputs = away(model, host_bytes, ssd_bytes)
+    limits = replace(limits, device_bytes=UNBOUNDED)
+    inputs = away(model, limits)
     largest = max(1, *(r.region.input_nbytes for r in model.models))
     recompute = plain_choices(model, since=len(model.models))
     yield evaluate(model, plain_choices(model), Settings(largest, largest))
@@ -122,10 +134,10 @@ def smallest_candidates(model: StepModel, host_bytes: int, ssd_bytes: int) -> It
                 yield candidate
 
 
-def smallest_candidate(model: StepModel, host_bytes: int, ssd_bytes: int) -> Candidate:
+def smallest_candidate(model: StepModel, limits: Limits) -> Candidate:
     """Return the candidate with the smallest device peak; the faster one, then the first, of equals."""
     return min(
-        smallest_candidates(model, host_bytes, ssd_bytes),
+        smallest_candidates(model, limits),
         key=lambda c: (c.timeline.device_bytes, c.timeline.step_s),
     )
 
@@ -144,6 +156,7 @@ def smallest_budget(
     *,
     host_bytes: int = 0,
     ssd_bytes: int = 0,
+    staging_bytes: int | None = None,
     slack: float | None = None,
 ) -> int:
     """Return the smallest device budget, in bytes and whole MiB, that `solve_greedy` accepts.
@@ -153,13 +166,14 @@ def smallest_budget(
         hardware: the machine's rates.
         host_bytes: host memory that plans may use.
         ssd_bytes: SSD room that plans may use.
+        staging_bytes: size of the buffers in front of the SSD; None where nothing bounds them.
         slack: share of the device budget left free; by default what `slack_of` says of the device.
     """
     model = build(trace, hardware)
-    found = smallest_candidate(model, host_bytes, ssd_bytes)
-    return budget_for(
-        found.timeline.device_bytes, slack_of(trace.device) if slack is None else slack
-    )
+    staging = UNBOUNDED if staging_bytes is None else staging_bytes
+    found = smallest_candidate(model, Limits(UNBOUNDED, host_bytes, ssd_bytes, staging))
+    share = slack_of(trace.device) if slack is None else slack
+    return budget_for(found.timeline.device_bytes, share)
 
 
 def refuse(model: StepModel, candidate: Candidate, device_bytes: int, slack: float) -> BudgetError:

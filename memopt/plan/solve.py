@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from memopt.plan.cost import StepModel, build, slack_of, usable_bytes
-from memopt.plan.greedy import UNBOUNDED, Search
+from memopt.plan.greedy import Search
 from memopt.plan.polish import polish
 from memopt.plan.simulate import Settings
 from memopt.plan.smallest import (
+    UNBOUNDED,
     Candidate,
     Limits,
     away,
@@ -36,12 +37,11 @@ WINDOWS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # in largest tensors
 
 @dataclass(frozen=True)
 class Frame:
-    """What is fixed while outputs are placed: the last `plain` regions, the first `inputs` inputs, the settings."""
+    """What is fixed while outputs are placed: the last `plain` regions, the first `inputs` inputs, the window."""
 
     plain: int = 0
     inputs: int = 0
     window: int = 3  # index into WINDOWS
-    ahead: int = 0  # fetches run ahead without bound, or by 1/2, 1/4 ... of the largest region
 
 
 def solve_greedy(
@@ -52,6 +52,7 @@ def solve_greedy(
     host_bytes: int,
     ssd_bytes: int,
     exact: bool = True,
+    staging_bytes: int | None = None,
     slack: float | None = None,
 ) -> Plan:
     """Return the fastest plan found that keeps the three budgets.
@@ -63,6 +64,8 @@ def solve_greedy(
         host_bytes: memory for memopt's host buffers; without effect where the device is the CPU.
         ssd_bytes: room for the extent files.
         exact: whole op outputs never change a bit, so both values give the same plan.
+        staging_bytes: size of the buffers between tensors and SSD, for which the caller has already taken room off the
+            budgets; a larger tensor cannot go to SSD. None where nothing bounds them.
         slack: share of `device_bytes` left free; by default what `cost.slack_of` says of the device.
 
     Raises:
@@ -71,7 +74,8 @@ def solve_greedy(
     """
     model = build(trace, hardware)
     share = slack_of(trace.device) if slack is None else slack
-    limits = Limits(usable_bytes(device_bytes, share), host_bytes, ssd_bytes)
+    staging = UNBOUNDED if staging_bytes is None else staging_bytes
+    limits = Limits(usable_bytes(device_bytes, share), host_bytes, ssd_bytes, staging)
     untouched = evaluate(model, plain_choices(model), Settings(1, 1))
     if limits.hold(untouched.timeline):
         note = (
@@ -79,7 +83,7 @@ def solve_greedy(
             f"the device budget of {format_bytes(device_bytes)}; nothing is moved or recomputed"
         )
         return plan_of(model, untouched, (note,))
-    smallest = smallest_candidate(model, host_bytes, ssd_bytes)
+    smallest = smallest_candidate(model, limits)
     if not limits.hold(smallest.timeline):
         raise refuse(model, smallest, device_bytes, share)
     search = Search(model, limits, max(400, MAX_SIMULATED_REGIONS // len(model.models)))
@@ -142,9 +146,6 @@ def moves(frame: Frame, count: int, moving: bool) -> list[list[Frame]]:
         found.append([replace(frame, window=w) for w in widths])
         inputs = sorted({0, count // 4, count // 2, 3 * count // 4, count} - {frame.inputs})
         found.append([replace(frame, inputs=k) for k in inputs])
-        found.append(
-            [replace(frame, ahead=a) for a in (frame.ahead - 1, frame.ahead + 1) if 0 <= a <= 3]
-        )
     return found
 
 
@@ -154,17 +155,17 @@ def start_of(search: Search, frame: Frame) -> Candidate | None:
     count = len(model.models)
     choices = with_inputs(
         plain_choices(model, since=count - frame.plain),
-        away(model, limits.host_bytes, limits.ssd_bytes),
+        away(model, limits),
         frame.inputs,
     )
     sizes = [item.nbytes for item in search.items] or [1]
     if frame.inputs:
         sizes.append(max(m.region.input_nbytes for m in model.models))
     window = max(1, int(WINDOWS[frame.window] * max(sizes)))
-    largest = max(
-        m.region.input_nbytes + sum(op.nbytes for op in m.region.ops) for m in model.models
-    )
-    ahead = UNBOUNDED if frame.ahead == 0 else max(1, largest >> frame.ahead)
+    ahead = UNBOUNDED
+    if search.on_cpu:  # there the staging buffers are the window, both ways
+        ahead = limits.staging_bytes
+        window = min(window, limits.staging_bytes)
     return search.evaluate(choices, Settings(window, ahead))
 
 

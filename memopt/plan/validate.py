@@ -17,7 +17,6 @@ from memopt.types.plan import Plan, RegionPlan
 from memopt.types.trace import RegionTrace, StepTrace
 
 PAGE = 4096
-MEMCPY_BYTES_PER_S = 5e9
 
 
 def check(
@@ -96,7 +95,6 @@ class Replay:
     hardware: Hardware
     lifetimes: list[tuple[int, int, int]] = field(default_factory=list)
     leaving: list[tuple[float, int]] = field(default_factory=list)
-    begins: list[float] = field(default_factory=list)
     came: dict[int, float] = field(default_factory=dict)
     ready_early: dict[int, float] = field(default_factory=dict)
     host_bytes: int = 0
@@ -108,13 +106,12 @@ class Replay:
     disk_in: float = 0.0
 
     def run(self) -> None:
-        """Fill `lifetimes`, `begins` and `leaving`."""
+        """Fill `lifetimes` and `leaving`."""
         for k, region in enumerate(self.trace.regions):
             self.forward(k, region, self.entry(region))
         self.turning_point()
         for k in reversed(range(len(self.trace.regions))):
             self.backward(k, self.trace.regions[k], self.entry(self.trace.regions[k]))
-        self.begins.append(self.now)
         last = 2 * len(self.trace.regions) + 1
         self.alive(last, last, self.trace.regions[0].input_nbytes)
         self.states()
@@ -149,14 +146,13 @@ class Replay:
 
     def forward(self, k: int, region: RegionTrace, entry: RegionPlan) -> None:
         """Phase k."""
-        self.begins.append(self.now)
         start, waits = self.now, 0.0
         for nbytes, to_ssd, offset in self.moved(region, entry):
             self.now = max(self.now, start + offset + waits)
             before = self.now
             self.make_room(nbytes)
             if self.trace.device == "cpu":
-                self.now += nbytes / MEMCPY_BYTES_PER_S
+                self.now += nbytes / self.hardware.d2h_bytes_per_s
             self.came[k] = self.send(nbytes, to_ssd)
             waits += self.now - before
         self.now = start + waits + self.typical(region, "forward_s")
@@ -195,8 +191,7 @@ class Replay:
         stored = {op.position for op in entry.ops if op.placement == "device"}
         by_ops = sum(op.saved_nbytes for op in region.ops)
         if entry.plain:
-            kept_ops, kept_in = by_ops, max(region.saved_nbytes - by_ops, 0)
-            self.alive(k, k, max(region.input_nbytes - kept_in, 0))
+            kept_ops, kept_in = by_ops, max(region.saved_nbytes - by_ops, region.input_nbytes)
         else:
             kept_ops = sum(op.nbytes for op in region.ops if op.position in stored)
             kept_in = region.input_nbytes if entry.input == "device" else 0
@@ -209,17 +204,13 @@ class Replay:
     def turning_point(self) -> None:
         """Phase n."""
         trace, n = self.trace, len(self.trace.regions)
-        self.begins.append(self.now)
         inside = sum(r.forward_s + r.recompute_s + r.backward_s for r in trace.regions)
         self.now += max(
             0.0, (trace.forward_s + trace.backward_s) / max(1, trace.num_micro_batches) - inside
         )
         nbytes, rates = trace.outside_saved_bytes, self.hardware
         if self.plan.outside != "device":
-            if trace.device == "cpu":
-                self.now += 2 * nbytes / MEMCPY_BYTES_PER_S
-            else:
-                self.now += nbytes / rates.d2h_bytes_per_s + nbytes / rates.h2d_bytes_per_s
+            self.now += nbytes / rates.d2h_bytes_per_s + nbytes / rates.h2d_bytes_per_s
         if self.plan.outside == "ssd":
             self.now += nbytes / rates.ssd_write_bytes_per_s + nbytes / rates.ssd_read_bytes_per_s
         self.alive(n, n, trace.outside_peak_bytes + self.output_bytes())
@@ -233,7 +224,6 @@ class Replay:
         """Phase 2n - k."""
         n = len(self.trace.regions)
         phase = 2 * n - k
-        self.begins.append(self.now)
         saved_by_ops = sum(op.saved_nbytes for op in region.ops)
         device = {op.position for op in entry.ops if op.placement == "device"}
         elsewhere = {op.position for op in entry.ops if op.placement in ("host", "ssd")}
@@ -272,10 +262,11 @@ class Replay:
             other = self.moved(self.trace.regions[j], self.entry(self.trace.regions[j]))
             for nbytes, from_ssd, _ in other[: self.early(other)]:
                 self.ready_early[j] = self.fetch(nbytes, from_ssd, self.came[j])
-                self.alive(2 * n - k, 2 * n - j - 1, nbytes)
+                if self.trace.device != "cpu":
+                    self.alive(2 * n - k, 2 * n - j - 1, nbytes)
         self.now = max(self.now, ready)
         if self.trace.device == "cpu":
-            self.now += sum(nbytes for nbytes, _, _ in moved) / MEMCPY_BYTES_PER_S
+            self.now += sum(nbytes for nbytes, _, _ in moved) / self.hardware.h2d_bytes_per_s
         self.now += self.remaining_s(region, entry)
 
     def early(self, moved: list[tuple[int, bool, float]]) -> int:
@@ -328,7 +319,8 @@ class Replay:
         outside = trace.outside_saved_bytes
         if trace.peak_bytes > 0:
             peaks = [trace.outside_peak_bytes, *(r.backward_peak_bytes for r in trace.regions)]
-            outside = max(0, min(outside, trace.peak_bytes - trace.resident_bytes - max(peaks)))
+            at_start = trace.resident_bytes - trace.optimizer_bytes
+            outside = max(0, min(outside, trace.peak_bytes - at_start - max(peaks)))
         self.alive(0, end, outside if self.plan.outside == "device" else 0)
         new = (
             0.0
@@ -341,67 +333,41 @@ class Replay:
             self.alive(2 * n - k + 1, end, nbytes)
 
     def rooms(self) -> None:
-        """Host and SSD bytes: whole pages, for the whole step, plus staging of SSD traffic beside a GPU."""
+        """Host and SSD bytes: whole pages, for the whole step."""
         rooms = {"host": 0, "ssd": 0}
-        ssd_by_region = [0]
         for region in self.trace.regions:
-            moved = self.moved(region, self.entry(region))
-            for nbytes, to_ssd, _ in moved:
+            for nbytes, to_ssd, _ in self.moved(region, self.entry(region)):
                 rooms["ssd" if to_ssd else "host"] += -(-nbytes // PAGE) * PAGE
-            ssd_by_region.append(sum(nbytes for nbytes, to_ssd, _ in moved if to_ssd))
-        outside = self.trace.outside_saved_bytes
         if self.plan.outside != "device":
-            rooms[self.plan.outside] += -(-outside // PAGE) * PAGE
-        if rooms["ssd"] and self.trace.device != "cpu":
-            on_way = max([self.plan.window_bytes, *(size for _, size in self.leaving)])
-            total = sum(ssd_by_region) + (outside if self.plan.outside == "ssd" else 0)
-            for nbytes in (min(on_way, total), max(ssd_by_region)):
-                rooms["host"] += -(-nbytes // PAGE) * PAGE
+            rooms[self.plan.outside] += -(-self.trace.outside_saved_bytes // PAGE) * PAGE
         self.host_bytes, self.ssd_bytes = rooms["host"], rooms["ssd"]
 
     def device_levels(self) -> list[int]:
         """Return the bytes alive in each phase, and at the optimizer's step."""
-        rate = self.hardware.d2h_bytes_per_s
-        if any(
-            "ssd" in (r.input, *(op.placement for op in r.ops))
-            for r in self.plan.regions
-            if not r.plain
-        ):
-            rate = min(rate, self.hardware.ssd_write_bytes_per_s) or rate
-        delay = self.plan.window_bytes / rate
-        most = max([self.plan.window_bytes, *(size for _, size in self.leaving)])
         levels = []
-        for phase, begin in enumerate(self.begins):
+        for phase in range(2 * len(self.trace.regions) + 2):
             standing = sum(
                 nbytes for first, last, nbytes in self.lifetimes if first <= phase <= last
             )
-            levels.append(standing + min(most, self.still_leaving(phase, begin, delay)))
+            levels.append(standing + self.on_its_way(phase))
         return [*levels, self.trace.optimizer_peak_bytes]
 
-    def still_leaving(self, phase: int, begin: float, delay: float) -> int:
-        """Return the bytes of transfers queued by the end of a phase that may not have ended at its begin."""
-        count = 0
+    def on_its_way(self, phase: int) -> int:
+        """Return the bytes of copies out that the program may not have let go of in a phase."""
+        if self.trace.device == "cpu":
+            return 0  # they are in staging buffers
+        sent = 0
         for k, region in enumerate(self.trace.regions):
             if k <= phase:
-                count += len(self.moved(region, self.entry(region)))
-        queued = self.leaving[:count]
-        while queued and queued[0][0] + delay <= begin:
-            queued.pop(0)
-        return sum(nbytes for _, nbytes in queued)
+                sent += sum(nbytes for nbytes, _, _ in self.moved(region, self.entry(region)))
+        return min(sent, max([self.plan.window_bytes, *(size for _, size in self.leaving)]))
 
 
 def same_shapes(a: RegionTrace, b: RegionTrace) -> bool:
     """Return whether two regions ran the same ops on the same shapes."""
 
     def facts(r: RegionTrace) -> list[object]:
-        sizes = [
-            r.group,
-            r.input_nbytes,
-            r.saved_nbytes,
-            r.grad_nbytes,
-            r.forward_peak_bytes,
-            r.backward_peak_bytes,
-        ]
+        sizes = [r.group, r.input_nbytes, r.saved_nbytes, r.grad_nbytes]
         return [
             *sizes,
             *(

@@ -7,8 +7,6 @@ import random
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parent))
 from traces import CUDA, MIB, op, region, step
 
@@ -66,7 +64,7 @@ def best_of_all(trace, limits, windows):
 
 def budget_between(trace, host_bytes, share):
     model = build(trace, CUDA)
-    least = smallest_candidate(model, host_bytes, 0).timeline.device_bytes
+    least = smallest_candidate(model, Limits(1 << 62, host_bytes, 0)).timeline.device_bytes
     plain = [everything_again(len(r.ops), plain=True) for r in trace.regions]
     most = simulate(model, loads_of(model, plain), Settings(1, 1)).device_bytes
     return int((least + share * (most - least)) / 0.97) + 1
