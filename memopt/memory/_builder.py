@@ -1,0 +1,101 @@
+"""Threads that fault slabs in and page-lock them, beside the program's own work.
+
+A slab is faulted in by pieces, by all threads at once; whoever finishes the last piece registers the slab. So one slab
+is ready as fast as the machine can make it, and many slabs overlap faulting with registration.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from memopt.memory._cudart import Cudart
+from memopt.memory._slab import Slab
+
+__all__ = ["SlabBuilder", "unlock"]
+
+_PIECE_BYTES = 64 << 20
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """A slab on its way: ``done`` is called once, with the first error or None."""
+
+    slab: Slab
+    done: Callable[[Slab, BaseException | None], None]
+    num_left: int
+    error: BaseException | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class SlabBuilder:
+    """Fault in and lock slabs with ``num_threads`` threads; the first refusal to lock ends locking, not the pool."""
+
+    def __init__(self, num_threads: int, cudart: Cudart | None, unlocked_reason: str) -> None:
+        self.unlocked_reason = unlocked_reason
+        self.populate_s = 0.0
+        self.lock_s = 0.0
+        self._num_threads = num_threads
+        self._cudart = cudart
+        self._workers: ThreadPoolExecutor | None = None
+        self._books = threading.Lock()
+
+    def start(self, slab: Slab, done: Callable[[Slab, BaseException | None], None]) -> None:
+        """Return at once; ``done(slab, error)`` is called by a worker thread."""
+        if self._workers is None:
+            self._workers = ThreadPoolExecutor(self._num_threads, "memopt-pin")
+        begins = range(0, slab.nbytes, _PIECE_BYTES)
+        job = _Job(slab, done, len(begins))
+        for begin in begins:
+            self._workers.submit(self._piece, job, begin)
+
+    def stop(self) -> None:
+        """End the threads; nothing is on its way any more."""
+        if self._workers is not None:
+            self._workers.shutdown(wait=True)
+            self._workers = None
+
+    def _piece(self, job: _Job, begin: int) -> None:
+        start = time.perf_counter()
+        error: BaseException | None = None
+        try:
+            if job.error is None:
+                job.slab.populate(begin, min(begin + _PIECE_BYTES, job.slab.nbytes))
+        except BaseException as failure:  # noqa: BLE001 - the thread that waits for the slab raises it
+            error = failure
+        with self._books:
+            self.populate_s += time.perf_counter() - start
+        with job.lock:
+            job.error = job.error or error
+            job.num_left -= 1
+            if job.num_left:
+                return
+        if job.error is None:
+            self._lock(job.slab)
+        job.done(job.slab, job.error)
+
+    def _lock(self, slab: Slab) -> None:
+        if self._cudart is None or self.unlocked_reason:
+            return
+        start = time.perf_counter()
+        error = self._cudart.host_register(slab.address, slab.nbytes)
+        slab.is_locked = not error
+        with self._books:
+            self.lock_s += time.perf_counter() - start
+            if error and not self.unlocked_reason:
+                self.unlocked_reason = f"page-locking {slab.nbytes} bytes failed: {error}"
+                _log.warning("host memory stays pageable: %s", self.unlocked_reason)
+
+
+def unlock(slab: Slab, cudart: Cudart | None) -> None:
+    """Unregister ``slab``: before its memory goes away, always."""
+    if slab.is_locked and cudart is not None:
+        slab.is_locked = False
+        error = cudart.host_unregister(slab.address)
+        if error:
+            _log.warning("unlocking %d bytes of host memory failed: %s", slab.nbytes, error)

@@ -1,0 +1,69 @@
+"""One anonymous memory mapping: faulted in completely, page-locked in place, sub-divided into buffers.
+
+The order matters. ``cudaHostRegister`` on pages that were never touched faults them in one by one inside the call,
+under a lock that stalls every other CUDA call of the process; on pages that are there it only pins them. Advising huge
+pages speeds the faults up but touches nothing, so every page is populated either way (``MADV_POPULATE_WRITE``, Linux
+5.14, or a write to each where the kernel is older).
+
+A slab is not inherited by forked children (``MADV_DONTFORK``): the kernel would copy pinned pages at every fork, and a
+data loader's workers have no use for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+from typing import Any
+
+__all__ = ["PAGE_BYTES", "Slab"]
+
+PAGE_BYTES = mmap.PAGESIZE
+_MADV_POPULATE_WRITE = 23
+_libc: Any = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class Slab:
+    """``nbytes`` (a multiple of the page size) of host memory. ``base`` is its place in the pool's list of holes.
+
+    Raises:
+        OSError: the system refuses the mapping (errno ENOMEM).
+    """
+
+    def __init__(self, nbytes: int, base: int, *, huge_pages: bool) -> None:
+        assert nbytes > 0, nbytes
+        assert nbytes % PAGE_BYTES == 0, nbytes
+        self.nbytes = nbytes
+        self.base = base
+        self.is_locked = False
+        self.memory = mmap.mmap(-1, nbytes)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        with contextlib.suppress(
+            OSError
+        ):  # both are advice: kernels without it lose nothing but speed
+            self.memory.madvise(mmap.MADV_DONTFORK)
+        if huge_pages:
+            with contextlib.suppress(OSError):
+                self.memory.madvise(mmap.MADV_HUGEPAGE)
+
+    def populate(self, begin: int, end: int) -> None:
+        """Fault in the pages of ``[begin, end)``, without Python's lock.
+
+        Raises:
+            MemoryError: the system has no memory for them.
+        """
+        if _libc.madvise(self.address + begin, end - begin, _MADV_POPULATE_WRITE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code != errno.EINVAL:  # EINVAL: a kernel that does not know the advice
+            raise MemoryError(
+                f"faulting in {end - begin} bytes of host memory: {os.strerror(code)}"
+            )
+        ctypes.memset(self.address + begin, 0, end - begin)
+
+    def view(self, begin: int, nbytes: int) -> memoryview:
+        """Return the writable bytes ``[begin, begin + nbytes)``; the view keeps the mapping alive."""
+        return memoryview(self.memory)[begin : begin + nbytes]

@@ -1,0 +1,419 @@
+"""A pool of page-locked host memory with exact sizes.
+
+``pin_memory=True`` goes through PyTorch's caching host allocator: each block is rounded up to a power of two and locked
+by a call that faults its pages in one after the other. MemAscend (arXiv 2505.23254) names that rounding, and pool slots
+as large as the largest tensor, as what ends SSD-offloaded training first. Here memory comes in slabs of the exact sum
+of what is asked: several threads fault every page in, one registers the slab in place (about 1 GiB per call, so that
+other CUDA calls are never stalled for long), and buffers are cut from the slabs by best fit and come back to them, so
+the same bytes serve every step. With :meth:`HostPool.reserve` a plan's sizes are locked in the background, beside the
+first step.
+
+Registered memory is invisible to PyTorch's allocator, so nothing but the pool protects it: a buffer is given back with
+the event of the last copy that uses it, and is not handed out before that event has passed. A slab is unregistered
+before its memory is freed; the next CUDA call would fail otherwise.
+
+Where page-locking is refused (limits, cgroup, WSL) the CUDA error is cleared, the pool goes on with plain memory, and
+``stats().unlocked_reason`` says why. Without CUDA the same pool gives plain buffers for SSD staging. Page alignment
+(4096) serves O_DIRECT and CUDA alike.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memopt.memory._builder import SlabBuilder, unlock
+from memopt.memory._cudart import Cudart, load_cudart
+from memopt.memory._slab import PAGE_BYTES, Slab
+from memopt.types.errors import MemoptError
+from memopt.types.free_list import FreeList
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["HostBuffer", "HostPool", "HostPoolFull", "HostPoolStats"]
+
+
+class HostPoolFull(MemoptError):  # noqa: N818 - the name says what is the matter
+    """The cap of a host pool, or the system, leaves no room for a buffer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostPoolStats:
+    """Bytes of a pool. ``asked`` is what callers wanted, ``in_use`` that in whole pages, ``mapped`` what slabs hold.
+
+    ``waste_bytes`` is what was mapped at the peak and never asked for at the same time. ``populate_s`` and ``lock_s``
+    add up the time of the threads that faulted pages in and registered them.
+    """
+
+    cap_bytes: int
+    mapped_bytes: int
+    locked_bytes: int
+    in_use_bytes: int
+    asked_bytes: int
+    peak_mapped_bytes: int
+    peak_in_use_bytes: int
+    peak_asked_bytes: int
+    waste_bytes: int
+    populate_s: float
+    lock_s: float
+    num_slabs: int
+    num_buffers: int
+    unlocked_reason: str
+
+
+class HostBuffer:
+    """``nbytes`` of page-aligned host memory on loan from a :class:`HostPool`; give it back with :meth:`release`."""
+
+    __slots__ = ("_base", "_pool", "_slab", "address", "memoryview", "nbytes")
+
+    def __init__(self, pool: HostPool, slab: Slab, base: int, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.address = slab.address + base - slab.base
+        self.memoryview = slab.view(base - slab.base, nbytes)
+        """The bytes, writable; it keeps the memory (not the registration) alive."""
+        self._pool: HostPool | None = pool
+        self._slab = slab
+        self._base = base
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether the memory is page-locked, so that copies to and from the device are asynchronous."""
+        return self._slab.is_locked
+
+    def tensor(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        """Return a contiguous tensor over the first bytes of the buffer.
+
+        Raises:
+            ValueError: the tensor needs more than ``nbytes``.
+        """
+        needed = math.prod(shape) * dtype.itemsize
+        if needed > self.nbytes:
+            raise ValueError(
+                f"a tensor {tuple(shape)} of {dtype} needs {needed} bytes, the buffer has {self.nbytes}"
+            )
+        if needed == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
+        flat = torch.frombuffer(self.memoryview, dtype=torch.uint8, count=needed)
+        return flat.view(dtype).view(tuple(shape))
+
+    def release(self, event: Any = None) -> None:
+        """Give the buffer back. It is handed out again when ``event`` (``query``, ``synchronize``) has passed.
+
+        Raises:
+            ValueError: it was given back before.
+        """
+        pool, self._pool = self._pool, None
+        if pool is None:
+            raise ValueError(f"this buffer of {self.nbytes} bytes was released before")
+        pool._give_back(self, event)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cooling:
+    """A buffer that came back while ``event`` was still to pass."""
+
+    event: Any
+    base: int
+    nbytes: int
+
+
+class HostPool:
+    """Page-aligned host buffers of exact size under a hard cap. Thread-safe.
+
+    Args:
+        cap_bytes: at most this much is mapped.
+        register: page-lock the memory with CUDA; without CUDA this is noted and the buffers are plain.
+        num_threads: threads that fault pages in and register them.
+        chunk_bytes: reserved slabs are at most this large (a larger buffer has its own).
+        growth_bytes: a buffer that was not reserved and is smaller than this shares a slab of this size.
+        huge_pages: ask for transparent huge pages; every page is touched either way.
+        cudart: replaces the CUDA runtime, for tests.
+
+    Raises:
+        ValueError: ``cap_bytes`` is below one page.
+    """
+
+    def __init__(
+        self,
+        cap_bytes: int,
+        register: bool,
+        *,
+        num_threads: int = 4,
+        chunk_bytes: int = 1 << 30,
+        growth_bytes: int = 16 << 20,
+        huge_pages: bool = True,
+        cudart: Cudart | None = None,
+    ) -> None:
+        if cap_bytes < PAGE_BYTES:
+            raise ValueError(f"cap_bytes={cap_bytes} is below one page of {PAGE_BYTES} bytes")
+        self.cap_bytes = cap_bytes // PAGE_BYTES * PAGE_BYTES
+        self._chunk_bytes = _whole_pages(chunk_bytes)
+        self._growth_bytes = _whole_pages(growth_bytes)
+        self._huge_pages = huge_pages
+        self._changed = threading.Condition()
+        self._free = FreeList()
+        self._slabs: list[Slab] = []
+        self._next_base = PAGE_BYTES
+        self._cooling: list[_Cooling] = []
+        self._building: list[Slab] = []
+        self._error: BaseException | None = None
+        self._mapped = self._in_use = self._asked = self._num_buffers = 0
+        self._peak_mapped = self._peak_in_use = self._peak_asked = 0
+        self._closed = False
+        self._cudart, reason = cudart, ""
+        if not register:
+            self._cudart, reason = None, "page-locking was not asked for"
+        elif cudart is None:
+            index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+            self._cudart, reason = load_cudart(index)
+        self._builder = SlabBuilder(num_threads, self._cudart, reason)
+        self._finalizer = weakref.finalize(
+            self, _unlock_all, self._slabs, self._cudart, os.getpid()
+        )
+
+    def take(self, nbytes: int) -> HostBuffer:
+        """Return a buffer of ``nbytes``; waits for slabs being locked and for buffers whose event is about to pass.
+
+        Raises:
+            ValueError: ``nbytes`` is negative, or the pool is closed.
+            HostPoolFull: the cap leaves no room; the message names it.
+        """
+        buffer = self.try_take(nbytes)
+        if buffer is None:
+            raise HostPoolFull(
+                f"{nbytes} bytes asked of a host pool of {self.cap_bytes}, of which {self._in_use} are in use; "
+                "release buffers first, or raise the host budget"
+            )
+        return buffer
+
+    def try_take(self, nbytes: int) -> HostBuffer | None:
+        """As :meth:`take`, but return None when the cap leaves no room."""
+        if nbytes < 0:
+            raise ValueError(f"nbytes={nbytes} is negative")
+        size = max(_whole_pages(nbytes), PAGE_BYTES)
+        with self._changed:
+            while True:
+                if self._closed:
+                    raise ValueError("the host pool is closed")
+                self._reap()
+                base = self._free.take(size)
+                if base is not None:
+                    return self._hand_out(base, size, nbytes)
+                if self._building:
+                    self._changed.wait()
+                    self._raise_error()
+                elif self._make_room(size):
+                    room = self.cap_bytes - self._mapped
+                    self._build(
+                        [size if size >= self._growth_bytes else min(self._growth_bytes, room)]
+                    )
+                elif self._cooling:
+                    self._wait_for(self._cooling[0])
+                else:
+                    return None
+
+    def reserve(self, sizes: Mapping[int, int]) -> int:
+        """Start locking memory for ``sizes[nbytes]`` buffers of each size at once, in the background.
+
+        Memory that is mapped already counts. Returns the bytes that the cap leaves out (0: everything fits).
+        """
+        blocks = sorted(
+            (_whole_pages(n) for n, count in sizes.items() for _ in range(count) if n), reverse=True
+        )
+        with self._changed:
+            if self._closed:
+                raise ValueError("the host pool is closed")
+            bins, left_out = self._pack(blocks)
+            self._build(bins)
+        return left_out
+
+    def settle(self) -> None:
+        """Wait until everything reserved is locked.
+
+        Raises:
+            MemoryError: the system has no memory for it.
+        """
+        with self._changed:
+            while self._building:
+                self._changed.wait()
+            self._raise_error()
+
+    def stats(self) -> HostPoolStats:
+        """Return the levels now, the peaks, and the time that faulting and locking took."""
+        with self._changed:
+            self._reap()
+            return HostPoolStats(
+                cap_bytes=self.cap_bytes,
+                mapped_bytes=self._mapped,
+                locked_bytes=sum(slab.nbytes for slab in self._slabs if slab.is_locked),
+                in_use_bytes=self._in_use,
+                asked_bytes=self._asked,
+                peak_mapped_bytes=self._peak_mapped,
+                peak_in_use_bytes=self._peak_in_use,
+                peak_asked_bytes=self._peak_asked,
+                waste_bytes=self._peak_mapped - self._peak_asked,
+                populate_s=self._builder.populate_s,
+                lock_s=self._builder.lock_s,
+                num_slabs=len(self._slabs),
+                num_buffers=self._num_buffers,
+                unlocked_reason=self._builder.unlocked_reason,
+            )
+
+    def close(self) -> None:
+        """Wait for events and the device, unlock and free everything; tensors still held become pageable."""
+        with self._changed:
+            if self._closed:
+                return
+            while self._building:
+                self._changed.wait()
+            self._closed = True
+            cooling, self._cooling = self._cooling, []
+        for block in cooling:
+            block.event.synchronize()
+        self._builder.stop()
+        with self._changed:
+            self._mapped = 0
+            self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------- handing out, taking back
+
+    def _hand_out(self, base: int, size: int, nbytes: int) -> HostBuffer:
+        self._in_use += size
+        self._asked += nbytes
+        self._num_buffers += 1
+        self._peak_in_use = max(self._peak_in_use, self._in_use)
+        self._peak_asked = max(self._peak_asked, self._asked)
+        slab = self._slabs[bisect.bisect_right(self._slabs, base, key=lambda slab: slab.base) - 1]
+        return HostBuffer(self, slab, base, nbytes)
+
+    def _give_back(self, buffer: HostBuffer, event: Any) -> None:
+        size = max(_whole_pages(buffer.nbytes), PAGE_BYTES)
+        with self._changed:
+            self._in_use -= size
+            self._asked -= buffer.nbytes
+            self._num_buffers -= 1
+            if self._closed:
+                return
+            if event is None:
+                self._free.add(buffer._base, size)
+            else:
+                self._cooling.append(_Cooling(event, buffer._base, size))
+            self._changed.notify_all()
+
+    def _reap(self) -> None:
+        """Make the buffers whose event has passed available."""
+        still = []
+        for block in self._cooling:
+            if block.event.query():
+                self._free.add(block.base, block.nbytes)
+            else:
+                still.append(block)
+        self._cooling = still
+
+    def _wait_for(self, block: _Cooling) -> None:
+        """Wait for one event without holding up the pool's other users."""
+        self._changed.release()
+        try:
+            block.event.synchronize()
+        finally:
+            self._changed.acquire()
+
+    # ------------------------------------------------------------------------------------------------- slabs
+
+    def _pack(self, blocks: list[int]) -> tuple[list[int], int]:
+        """Fit ``blocks`` (large first) into the slabs there are, then into new ones; return the new, what is left."""
+        old = [slab.nbytes for slab in (*self._slabs, *self._building)]
+        new: list[int] = []
+        room = self.cap_bytes - self._mapped
+        left_out = 0
+        for size in blocks:
+            fits = next((i for i, free in enumerate(old) if free >= size), None)
+            if fits is not None:
+                old[fits] -= size
+            elif size > room:
+                left_out += size
+            else:
+                room -= size
+                if new and new[-1] + size <= self._chunk_bytes:
+                    new[-1] += size
+                else:
+                    new.append(size)
+        return new, left_out
+
+    def _make_room(self, size: int) -> bool:
+        """Free wholly idle slabs, the largest first, until ``size`` fits under the cap."""
+        idle = sorted(
+            (slab for slab in self._slabs if self._free.hole_at(slab.base) == slab.nbytes),
+            key=lambda slab: slab.nbytes,
+        )
+        if self.cap_bytes - self._mapped + sum(slab.nbytes for slab in idle) < size:
+            return False
+        while self.cap_bytes - self._mapped < size:
+            slab = idle.pop()
+            self._free.take_hole(slab.base)
+            self._slabs.remove(slab)
+            self._mapped -= slab.nbytes
+            unlock(slab, self._cudart)
+        return True
+
+    def _build(self, sizes: list[int]) -> None:
+        """Start mapping, faulting in and locking slabs of ``sizes``; they count at once, so the cap holds."""
+        for size in sizes:
+            try:
+                slab = Slab(size, self._next_base, huge_pages=self._huge_pages)
+            except OSError as error:
+                raise HostPoolFull(
+                    f"the system refuses to map {size} bytes of host memory: {error}"
+                ) from error
+            self._next_base += size + PAGE_BYTES  # the gap keeps holes of neighbouring slabs apart
+            self._mapped += size
+            self._peak_mapped = max(self._peak_mapped, self._mapped)
+            self._building.append(slab)
+            self._builder.start(slab, self._slab_is_built)
+
+    def _slab_is_built(self, slab: Slab, error: BaseException | None) -> None:
+        with self._changed:
+            if error is None:
+                bisect.insort(self._slabs, slab, key=lambda slab: slab.base)
+                self._free.add(slab.base, slab.nbytes)
+            else:
+                self._error = self._error or error
+                self._mapped -= slab.nbytes
+            self._building.remove(slab)
+            self._changed.notify_all()
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def _unlock_all(slabs: list[Slab], cudart: Cudart | None, pid: int) -> None:
+    """Free every slab; a forked child has none of them."""
+    if os.getpid() != pid:
+        return
+    if cudart is not None and any(slab.is_locked for slab in slabs):
+        cudart.synchronize()  # a copy may still read or write buffers that were never given back
+    for slab in slabs:
+        unlock(slab, cudart)
+    slabs.clear()
