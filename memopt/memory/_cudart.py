@@ -1,7 +1,8 @@
 """The four CUDA runtime calls that page-locking needs, from the very library that torch has loaded.
 
-``torch.cuda.cudart()`` offers registration but not ``cudaGetLastError``, without which a refused registration would
-surface at the user's next, innocent CUDA call. ctypes releases Python's lock around each call.
+A registration that CUDA refuses leaves an error behind that would surface at the user's next, innocent CUDA call, so it
+is read and cleared (``cudaGetLastError``) at once, in the thread that met it. ctypes releases Python's lock around each
+call.
 """
 
 from __future__ import annotations
