@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SPILL = (
     ROOT / ".native" / "test-spill"
 )  # in the checkout: a temporary directory may be tmpfs, which is memory
-CPU_PLACEMENTS = ("recompute", "device", "ssd", "mix-0", "mix-1")
-GPU_PLACEMENTS = ("recompute", "device", "host", "mix-0", "mix-1")
+CPU_PLACEMENTS = ("recompute", "kept", "ssd", "mix-0", "mix-1")
+GPU_PLACEMENTS = ("recompute", "kept", "host", "mix-0", "mix-1")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -273,13 +273,39 @@ def assert_bitwise_for_single_ops(program: Program) -> None:
     for name, plan in plans:
         try:
             compare(plain_run(program), run_memopt(program, plan, num_steps=2), num_steps=2)
-        except Exception as error:  # noqa: BLE001 -- all are wanted in one message
+        except Exception as error:
             wrong.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
     assert not wrong, f"{len(wrong)} of {len(plans)} plans\n" + "\n".join(wrong)
 
 
+def kept_plan(trace: Any) -> Any:
+    """Every placeable op output is stored on the device and answered from there.
+
+    `plan="device"` leaves the regions to autograd, untouched; this plan runs the engine's two modes and recomputes
+    nothing that it may store.
+    """
+    import memopt.types.plan as types
+
+    regions = tuple(
+        types.RegionPlan(
+            name=region.name,
+            ops=tuple(
+                types.OpPlacement(
+                    position=op.position, op=op.op, placement="device", nbytes=op.nbytes
+                )
+                for op in region.ops
+                if op.placeable
+            ),
+        )
+        for region in trace.regions
+    )
+    return types.Plan(regions=regions)
+
+
 def plan_for(program: Program, placement: str) -> Any:
-    """A plan's name, or for "mix-SEED" a random plan over the program's own trace."""
+    """A plan's name, for "kept" `kept_plan`, for "mix-SEED" a random plan over the program's own trace."""
+    if placement == "kept":
+        return kept_plan(trace_of(program))
     if not placement.startswith("mix-"):
         return placement
     spill = "host" if program.device == "cuda" else "ssd"
@@ -296,15 +322,16 @@ def assert_engaged(record: Record, placement: str) -> None:
     plan = record.run.plan
     assert plan is not None, "no plan in force after the second step"
     active = [r for r in plan.regions if not r.plain]
-    assert active or placement == "recompute", (
+    assert active or placement in ("recompute", "device"), (
         "every region was left plain although a placement was forced"
     )
 
 
 def assert_bitwise(program: Program, placement: str, **options: Any) -> Record:
     """Train under one placement and compare with the plain loop; return the record."""
+    plain = plain_run(program)  # first: a program that the plain loop refuses is no test
     record = run_memopt(program, plan_for(program, placement), **options)
-    compare(plain_run(program), record)
+    compare(plain, record)
     assert_engaged(record, placement)
     return record
 
@@ -313,11 +340,12 @@ def assert_bitwise_or_refused(program: Program, placement: str, **options: Any) 
     """The same bits, or one of memopt's own errors: never a silent difference."""
     import memopt
 
+    plain = plain_run(program)
     try:
         record = run_memopt(program, plan_for(program, placement), **options)
     except (memopt.MemoptError, memopt.ConfigError):
         return None
-    compare(plain_run(program), record)
+    compare(plain, record)
     return record
 
 

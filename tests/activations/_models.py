@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _bitwise import Program
+from _bitwise import Program, quiet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -177,7 +177,8 @@ def lora(p: float) -> nn.Module:
         target_modules=["q_proj", "down_proj"],
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(_llama(0.0), config)
+    with quiet():  # peft reads attributes that transformers deprecates
+        model = get_peft_model(_llama(0.0), config)
     with torch.no_grad():  # B starts at zero, which hides errors in A's gradients
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

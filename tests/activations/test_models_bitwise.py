@@ -17,6 +17,7 @@ from _bitwise import (
     assert_bitwise,
     assert_bitwise_for_single_ops,
     compare,
+    kept_plan,
     notes_of,
     plain_run,
     plan_for,
@@ -49,9 +50,10 @@ def _check(name, placement, dropout, autocast):
     record = assert_bitwise(program, placement)
     regions = record.run.trace.regions
     assert len(regions) >= NUM_REGIONS.get(name, 3), [region.name for region in regions]
-    if placement in ("device", "ssd"):
+    if placement in ("kept", "ssd"):
         placed = {op.placement for region in record.run.plan.regions for op in region.ops}
-        assert placement in placed, f"the plan in force places nothing: {placed}"
+        wanted = {"kept": "device", "ssd": "ssd"}[placement]
+        assert wanted in placed, f"the plan in force places nothing: {placed}"
     if placement == "ssd":
         assert record.run.report().to_dict()["measured"]["ssd_bytes"] > 0
 
@@ -136,12 +138,13 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("how", [*GIVEN, "modules"])
-@pytest.mark.parametrize("placement", ["recompute", "device", "ssd"])
+@pytest.mark.parametrize("placement", ["recompute", "kept", "ssd"])
 def test_given_regions(how, placement):
-    program = model_program("llama", dropout=True)
+    base = model_program("llama", dropout=True)
+    program = Program(build=base.build, step=base.step, regions=GIVEN.get(how))
     expected = {"names": 3, "single names": 2, "predicate": 3, "nested": 6, "modules": 2}[how]
     if how != "modules":
-        record = assert_bitwise(program, placement, regions=GIVEN[how])
+        record = assert_bitwise(program, placement)
     else:
         record = _with_modules(program, placement)
         compare(plain_run(program), record)
@@ -157,7 +160,15 @@ def _with_modules(program, placement):
         chosen[:] = [model.model.layers[0], model.model.layers[1].mlp]
         return model
 
-    return run_memopt(Program(build=build, step=program.step), placement, regions=chosen)
+    if placement == "kept":
+        plan = kept_plan(
+            run_memopt(
+                Program(build=build, step=program.step), "recompute", regions=chosen
+            ).run.trace
+        )
+    else:
+        plan = placement
+    return run_memopt(Program(build=build, step=program.step), plan, regions=chosen)
 
 
 def test_unknown_regions_are_refused():
@@ -217,7 +228,7 @@ def test_batches_and_sequences_change_shape(placement):
     assert_bitwise(Program(build=program.build, step=step, num_steps=6), placement)
 
 
-@pytest.mark.parametrize("placement", ["recompute", "device", "ssd", "mix-0"])
+@pytest.mark.parametrize("placement", ["recompute", "kept", "ssd", "mix-0"])
 def test_gradient_accumulation(placement):
     program = model_program("gpt2", dropout=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import threading
 import weakref
@@ -16,6 +17,7 @@ from _bitwise import (
     assert_bitwise,
     assert_bitwise_for_single_ops,
     differences,
+    plan_for,
     spill_directory,
 )
 from _traps import ROWS, TRAPS, WIDTH, Block, Net, Sines, batch, simple_step, two_traced_steps
@@ -38,8 +40,9 @@ def test_graphs_are_exact_whichever_op_is_kept(name):
 
 # ------------------------------------------------------------------------------------------------------ rule 12
 def test_retained_graph_is_answered_from_storage_each_time():
+    program = Program(build=functools.partial(Net, Sines), step=simple_step, regions=["layers"])
     model = Net(Sines).train()
-    run = two_traced_steps(model, plan="device")
+    run = two_traced_steps(model, plan=plan_for(program, "kept"))
     loss = model(batch(5)).square().mean()
     for keep in (True, True, False):
         with Executed() as executed:
@@ -70,8 +73,9 @@ def test_stored_data_is_dropped_as_it_is_consumed():
             wide = torch.sin(self.a(x).repeat(1, 200))
             return x + self.b(torch.tanh(wide)[:, :WIDTH])
 
+    program = Program(build=functools.partial(Net, Wide), step=simple_step, regions=["layers"])
     model = Net(Wide).train()
-    run = two_traced_steps(model, plan="device")
+    run = two_traced_steps(model, plan=plan_for(program, "kept"))
     seen = []
     first = model.layers[0].a.weight
     handle = first.register_hook(lambda grad: seen.append(live.current_bytes))
@@ -99,7 +103,7 @@ def test_backward_in_another_thread(placement):
         def backward():
             try:
                 loss.backward()
-            except BaseException as error:  # noqa: BLE001 -- raised again below
+            except BaseException as error:
                 errors.append(error)
 
         thread = threading.Thread(target=backward)
@@ -113,7 +117,7 @@ def test_backward_in_another_thread(placement):
         assert_bitwise(Program(build=TRAPS[name].build, step=step, regions=["layers"]), placement)
 
 
-@pytest.mark.parametrize("placement", ["recompute", "device", "ssd"])
+@pytest.mark.parametrize("placement", ["recompute", "kept", "ssd"])
 def test_forward_and_backward_in_a_worker_thread(placement):
     """The whole step in a thread that did not enter the context."""
 
@@ -130,7 +134,7 @@ def test_forward_and_backward_in_a_worker_thread(placement):
 
 
 # ------------------------------------------------------------------------------------------------------ rule 14
-@pytest.mark.parametrize("plan", ["recompute", "device", "ssd"])
+@pytest.mark.parametrize("plan", ["recompute", "kept", "ssd"])
 def test_backward_after_leaving(plan):
     threads = threading.active_count()
     torch.manual_seed(0)
@@ -195,7 +199,8 @@ def test_a_second_context_while_a_graph_of_the_first_lives():
     model = Net(Sines).train()
     plain = Net(Sines).train()
     plain.load_state_dict(model.state_dict())
-    run = two_traced_steps(model, plan="device")
+    program = Program(build=functools.partial(Net, Sines), step=simple_step, regions=["layers"])
+    run = two_traced_steps(model, plan=plan_for(program, "kept"))
     old = model(batch(7)).square().mean()
     run.stop()
     run = two_traced_steps(model, plan="recompute")

@@ -27,7 +27,7 @@ from memopt.types.plan import OpPlacement, Plan, RegionPlan
 
 
 # ------------------------------------------------------------------------------------------------------ rule 15
-@pytest.mark.parametrize("placement", ["recompute", "device", "ssd"])
+@pytest.mark.parametrize("placement", ["recompute", "kept", "ssd"])
 def test_flex_attention_without_gradients_inside_a_region(placement):
     """On the CPU flex_attention has no backward: the higher-order op itself must pass through the modes."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -46,7 +46,7 @@ def test_flex_attention_without_gradients_inside_a_region(placement):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("placement", ["recompute", "device", "host", "mix-0"])
+@pytest.mark.parametrize("placement", ["recompute", "kept", "host", "mix-0"])
 def test_flex_attention(placement, compiled):
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -78,7 +78,7 @@ def test_flex_attention(placement, compiled):
 
 
 # ------------------------------------------------------------------------------------------------------ rule 18
-@pytest.mark.parametrize("placement", ["recompute", "device", "ssd", "mix-0"])
+@pytest.mark.parametrize("placement", ["recompute", "kept", "ssd", "mix-0"])
 @pytest.mark.parametrize("what", ["block", "part"])
 def test_compiled_regions(what, placement):
     """A compiled function is opaque: one op or a few, never wrong."""
@@ -108,7 +108,7 @@ def test_compiled_regions(what, placement):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", ["recompute", "device", "ssd"])
+@pytest.mark.parametrize("placement", ["recompute", "kept", "ssd"])
 def test_regions_compiled_by_inductor(placement):
     def build():
         net = Net(Sines)
@@ -178,7 +178,7 @@ def test_frozen_regions_are_not_recomputed_and_store_nothing():
 
     program = Program(build=build, step=simple_step, regions=["layers"])
     plain_run(program)
-    for placement in ("recompute", "device", "ssd"):
+    for placement in ("recompute", "kept", "ssd"):
         calls.clear()
         record = assert_bitwise(program, placement)
         assert len(calls) == 3 * (2 + 2), (
@@ -265,7 +265,7 @@ def test_a_plan_that_names_other_ops_than_the_model_runs_is_refused_or_noted():
     assert "layers.77" in text or "conv2d" in text
 
 
-@pytest.mark.parametrize("placement", ["recompute", "device", "ssd"])
+@pytest.mark.parametrize("placement", ["recompute", "kept", "ssd"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_the_models_own_checkpointing_is_taken_over_or_refused_with_the_remedy(
     placement, reentrant
