@@ -11,6 +11,7 @@ The mixer is the 32-bit `lowbias32` of Chris Wellons' hash prospector
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -56,14 +57,20 @@ def random_bits(key: int, index: Tensor) -> Tensor:
     return _mix32_tensor(mixed)
 
 
+def random_subsets(keys: Sequence[int], size: int, count: int, device: torch.device) -> Tensor:
+    """Return `random_subset` of every key: (len(keys), count), in a few launches for all."""
+    low = torch.tensor([key & MASK32 for key in keys], device=device).unsqueeze(1)
+    high = torch.tensor([(key >> 32) & MASK32 for key in keys], device=device).unsqueeze(1)
+    position = torch.arange(size, device=device)
+    rank = _mix32_tensor(_mix32_tensor(position.bitwise_xor(low)).bitwise_xor_(high))
+    rank = rank.bitwise_right_shift_(1).bitwise_left_shift_(32).bitwise_or_(position)
+    chosen = rank.sort(dim=1).values[:, :count].bitwise_and(MASK32)
+    return chosen.sort(dim=1).values
+
+
 def random_subset(key: int, size: int, count: int, device: torch.device) -> Tensor:
     """Return `count` distinct positions of `range(size)`, uniformly drawn, ascending (int64).
 
     The positions with the smallest (hash, position) win, so the draw is the same on all devices.
     """
-    if count >= size:
-        return torch.arange(size, device=device)
-    position = torch.arange(size, device=device)
-    rank = random_bits(key, position).bitwise_right_shift_(1).bitwise_left_shift_(32)
-    chosen = rank.bitwise_or_(position).sort().values[:count].bitwise_and_(MASK32)
-    return chosen.sort().values
+    return random_subsets([key], size, count, device)[0]

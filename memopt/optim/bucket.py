@@ -11,8 +11,10 @@ in a slice follows from (seed, round, active density) and is nobody else's busin
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +28,10 @@ from memopt.optim.selections.blocks import block_order, fill_budget
 from memopt.optim.selections.lowrank import LowRank, Subspace
 from memopt.optim.settings import Settings
 from memopt.optim.tensors import local_part, matrix_shape, share
+
+if TYPE_CHECKING:
+    from memopt.optim.capture import DeviceClock
+    from memopt.optim.native import Tables
 
 BASIS, BASIS_ROUND = "basis", "basis_round"
 _NO_BASIS = -1
@@ -86,6 +92,11 @@ class Bucket:
         self.bases = self._allocate_bases(density)
         self.basis_rounds = [_NO_BASIS] * len(self.entries)
         self.generation = 0  # counts changes of the layout, for caches built from it
+        self.number = 0  # position among the group's buckets
+        # Caches of the kernel's launches (memopt/optim/execute.py); they follow `generation`.
+        self.refusals: dict[tuple[object, ...], str] = {}
+        self.tables: dict[tuple[int, ...], Tables] = {}
+        self.clocks: dict[tuple[int, ...], DeviceClock] = {}
 
     # ------------------------------------------------------------------ layout
     def _budget(self, density: float, sizes: Sequence[int]) -> int:
@@ -143,12 +154,17 @@ class Bucket:
         """Return the parts of a round; None where only a gradient or a stored basis can tell."""
         if self.pooled:
             return list(self._plan_blocks(settings, round_, density))
-        return [
-            None
-            if _is_low_rank(entry)
-            else entry.selection.choose(self._choice(entry, settings, round_, density, None))
-            for entry in self.entries
-        ]
+        parts: list[Part | None] = [None] * len(self.entries)
+        by_selection: dict[str, list[int]] = defaultdict(list)
+        for i, entry in enumerate(self.entries):
+            if not _is_low_rank(entry):
+                by_selection[entry.selection.name].append(i)
+        for members in by_selection.values():
+            choices = [self._choice(self.entries[i], settings, round_, density, None) for i in members]
+            chosen = self.entries[members[0]].selection.choose_many(choices)
+            for i, part in zip(members, chosen, strict=True):
+                parts[i] = part
+        return parts
 
     def _plan_blocks(self, settings: Settings, round_: int, density: float) -> list[Part]:
         """Choose by global sizes, so that all ranks agree; take the same share of every shard."""

@@ -2,35 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from memopt.ops import frugal_step as op
+from memopt.optim import native
 from memopt.optim.bucket import Bucket
+from memopt.optim.capture import DeviceClock
 from memopt.optim.group_state import COMPENSATION, STEP, GroupState
 from memopt.optim.rules import StateFreeRule, StateFullRule, state_free_rule, state_full_rule
 from memopt.optim.settings import Settings
-from memopt.optim.stepper import CPU_TILE, DEVICE_TILE, Job, StepContext, run
+from memopt.optim.stepper import CPU_TILE, DEVICE_TILE, Job, StepContext, call_tag, run
 from memopt.optim.tensors import local_part
+from memopt.types.errors import NativeUnavailable
+
+
+def is_capturing() -> bool:
+    """Whether the current CUDA stream is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def update_params(state: GroupState, params: Sequence[Tensor], impl: str) -> None:
     """Update some parameters of a group whose call is open."""
     settings = state.settings()
-    full, free = state_full_rule(settings.state_full), state_free_rule(settings.state_free)
-    state.move(None)
+    capturing = is_capturing()
     by_bucket: dict[int, list[int]] = {}
     for param in params:
         bucket, i = state.home[param]
-        by_bucket.setdefault(state.buckets.index(bucket), []).append(i)
-        state.state[param][STEP] += 1
+        by_bucket.setdefault(bucket.number, []).append(i)
+        if not capturing:  # the host's counters are those of `begin_step` then
+            state.state[param][STEP] += 1
     for number, indices in by_bucket.items():
         bucket = state.buckets[number]
         state.choose_bases(bucket, indices, settings)
-        _update_bucket(state, bucket, indices, (full, free), settings, impl)
+        rules = state_full_rule(settings.state_full), state_free_rule(settings.state_free)
+        reason = why_not_native(bucket, settings, rules) if impl in ("auto", "native") else impl
+        if reason and (impl == "native" or settings.capturable):
+            raise NativeUnavailable(
+                f"impl='native' (or capturable=True) was asked for, but {reason}"
+            )
+        if reason:
+            _update_in_torch(state, bucket, indices, rules, settings, impl)
+        else:
+            _update_natively(state, bucket, indices, rules, settings)
 
 
-def _update_bucket(
+def why_not_native(
+    bucket: Bucket, settings: Settings, rules: tuple[StateFullRule, StateFreeRule]
+) -> str:
+    """Return why a bucket is not stepped by the kernel; empty if it is. Cached with the bucket."""
+    key = (settings.selection, settings.quantize, settings.split, rules[0].name, rules[1].name)
+    if bucket.refusals.get(key) is None:
+        bucket.refusals[key] = native.refusal(bucket, settings, *rules)
+    return bucket.refusals[key]
+
+
+# ------------------------------------------------------------------------------- PyTorch
+def _update_in_torch(
     state: GroupState,
     bucket: Bucket,
     indices: Sequence[int],
@@ -45,13 +76,18 @@ def _update_bucket(
     limit = None
     if impl != "reference":
         limit = CPU_TILE if bucket.device.type == "cpu" else DEVICE_TILE
-    dense = [i for i in indices if local_part(bucket.entries[i].param).is_contiguous()]
-    run([make_job(state, bucket, i) for i in dense], context, limit=limit)
-    for i in set(indices) - set(dense):
-        _update_strided(state, bucket, i, context, limit)
+    jobs, strided = [], []
+    for i in indices:
+        job = _make_job(state, bucket, i)
+        (jobs if job.weight.is_contiguous() else strided).append(job)
+    run(jobs, context, limit=limit)
+    for job in strided:  # through a contiguous copy
+        copy = job.weight.contiguous()
+        run([dataclasses.replace(job, weight=copy)], context, limit=limit)
+        job.weight.copy_(copy)
 
 
-def make_job(state: GroupState, bucket: Bucket, i: int) -> Job:
+def _make_job(state: GroupState, bucket: Bucket, i: int) -> Job:
     """Collect what the update of one parameter needs."""
     entry, part = bucket.entries[i], bucket.parts[i]
     assert part is not None
@@ -64,15 +100,91 @@ def make_job(state: GroupState, bucket: Bucket, i: int) -> Job:
     )  # fmt: skip
 
 
-def _update_strided(
-    state: GroupState, bucket: Bucket, i: int, context: StepContext, limit: int | None
+# ------------------------------------------------------------------------------- kernel
+def _update_natively(
+    state: GroupState,
+    bucket: Bucket,
+    indices: Sequence[int],
+    rules: tuple[StateFullRule, StateFreeRule],
+    settings: Settings,
 ) -> None:
-    """Update a parameter that is not contiguous through a contiguous copy."""
-    job = make_job(state, bucket, i)
-    copy = job.weight.contiguous()
-    dense = Job(
-        entry=job.entry, part=job.part, offset=job.offset, weight=copy, grad=job.grad,
-        step=job.step, compensation=job.compensation,
+    op.register()
+    weights = [local_part(bucket.entries[i].param) for i in indices]
+    strided = [i for i, w in zip(indices, weights, strict=True) if not w.is_contiguous()]
+    if strided:
+        if is_capturing():
+            raise ValueError("capturable=True needs contiguous parameters")
+        _update_in_torch(state, bucket, strided, rules, settings, "foreach")
+        indices = [i for i in indices if i not in strided]
+        weights = [w for w in weights if w.is_contiguous()]
+    if not indices:
+        return
+    params = [bucket.entries[i].param for i in indices]
+    grads = [_matching_grad(param) for param in params]
+    shown = [state.state[param] for param in params]
+    tables = tables_for(bucket, indices, settings)
+    lr = 0.0 if settings.capturable else float(settings.lr)
+    steps = [max(1, values[STEP]) for values in shown]
+    sizes, scales = native.corrections(steps, settings, rules[0], lr)
+    scalars = _tick(state, bucket, tables, settings, rules[0]) if settings.capturable else None
+    torch.ops.memopt.frugal_step(
+        weights, grads, list(bucket.arena.arrays.values()),
+        [values[COMPENSATION] for values in shown if COMPENSATION in values],
+        tables.segments, tables.chunks, tables.index, sizes, scales,
+        native.numbers_of(settings, lr),
+        native.choices_of(settings, *rules, call_tag(settings.seed, state.group["calls"])),
+        scalars,
     )  # fmt: skip
-    run([dense], context, limit=limit)
-    job.weight.copy_(copy)
+
+
+def _matching_grad(param: Tensor) -> Tensor:
+    weight, grad = local_part(param), param.grad
+    assert grad is not None
+    return local_part(grad).to(weight.dtype).contiguous()
+
+
+def tables_for(bucket: Bucket, indices: Sequence[int], settings: Settings) -> native.Tables:
+    """Return the kernel's tables for some parameters, filled for the current layout."""
+    key = tuple(indices)
+    tables = bucket.tables.get(key)
+    if tables is None:
+        tables = bucket.tables[key] = native.make_tables(bucket, indices, split=settings.split)
+    native.fill_tables(tables, bucket)
+    return tables
+
+
+def _tick(
+    state: GroupState, bucket: Bucket, tables: native.Tables, settings: Settings, full: StateFullRule
+) -> Tensor:
+    clock = bucket.clocks.get(tables.indices)
+    if clock is None:
+        clock = bucket.clocks[tables.indices] = DeviceClock(len(tables.indices), bucket.device)
+    if not is_capturing():
+        set_clock(state, bucket, tables.indices, clock, updates_done=-1)
+    clock.tick(settings, full)
+    return clock.scalars
+
+
+def set_clock(
+    state: GroupState, bucket: Bucket, indices: Sequence[int], clock: DeviceClock, updates_done: int
+) -> None:
+    """Write the host's counters to the device, for a step that `updates_done` (0, -1) counted."""
+    steps = [state.state[bucket.entries[i].param][STEP] + updates_done for i in indices]
+    clock.set(state.group["lr"], steps, state.group["calls"])
+
+
+def begin_replay(state: GroupState) -> None:
+    """Do the host's part of a step that a CUDA graph is about to replay: switch, counters, tables."""
+    state.begin_call()
+    settings = state.settings()
+    for bucket in state.buckets:
+        for indices, tables in bucket.tables.items():
+            native.fill_tables(tables, bucket)
+            clock = bucket.clocks.get(indices)
+            if clock is None:
+                continue
+            set_clock(state, bucket, indices, clock, updates_done=0)
+            for i in indices:
+                state.state[bucket.entries[i].param][STEP] += 1
+    assert settings.capturable
+    state.end_call()

@@ -16,14 +16,14 @@ The two scales are independent (the paper's code multiplies them: its free one i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, cast, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from memopt.optim import checkpoint
-from memopt.optim.execute import update_params
+from memopt.optim.execute import begin_replay, is_capturing, update_params
 from memopt.optim.group_state import CLOCK, GroupState
 from memopt.optim.rules import state_free_rule, state_full_rule
 from memopt.optim.settings import Settings
@@ -164,7 +164,7 @@ class Frugal(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._is_probe():
+        if not is_capturing() and self._is_probe():
             return loss
         for index, group in enumerate(self.param_groups):
             self._step_group(index, [p for p in group["params"] if p.grad is not None])
@@ -206,9 +206,29 @@ class Frugal(Optimizer):
         for param in params:
             _check_grad(param)
         state = self._group_state(index, params)
+        if is_capturing():
+            if not self.param_groups[index]["capturable"]:
+                raise RuntimeError("a step is being captured: build Frugal with capturable=True")
+            update_params(state, params, self._impl)
+            return
         state.begin_call()
         update_params(state, params, self._impl)
         state.stepped.update(params)
+
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Do the host's part of a step whose kernels a CUDA graph is about to replay.
+
+        Switches if that is due, counts the step, writes the learning rate and the counters to the
+        device. Step eagerly at least once, capture `step()`, then call this before every replay.
+
+        Raises:
+            RuntimeError: before the first eager step.
+        """
+        if not self._groups:
+            raise RuntimeError("begin_step() needs a first, eager step()")
+        for found in self._groups.values():
+            begin_replay(found)
 
     def _is_probe(self) -> bool:
         """Handle the first step of a checkpoint library that wants to see the state's keys.
@@ -297,6 +317,3 @@ def _check_grad(param: Tensor) -> None:
     grad = cast(Tensor, param.grad)
     if grad.is_sparse or grad.layout != torch.strided:
         raise ValueError("Frugal does not take sparse gradients: use sparse=False in the embedding")
-
-
-Implementation = Literal["auto", "native", "foreach", "reference"]

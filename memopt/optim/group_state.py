@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.optim.arena import SCALE_SUFFIX
 from memopt.optim.bucket import BASIS, BASIS_ROUND, Bucket, Entry, make_entry
-from memopt.optim.rules import state_free_rule, state_full_rule
+from memopt.optim.rules import state_full_rule
 from memopt.optim.settings import Settings
 from memopt.optim.tensors import local_part
 
@@ -48,10 +47,11 @@ class GroupState:
             local = local_part(param)
             by_kind[local.device, local.dtype, entry.selection.pooled].append(entry)
         self.buckets = [Bucket(entries, settings, rule) for entries in by_kind.values()]
+        for number, bucket in enumerate(self.buckets):
+            bucket.number = number
         self.home = {e.param: (b, i) for b in self.buckets for i, e in enumerate(b.entries)}
         self.stepped: set[Tensor] = set()
         self.open = False
-        self.kahan = settings.rounding == "kahan"
         self._publish()
 
     def settings(self) -> Settings:
@@ -76,12 +76,15 @@ class GroupState:
                 shown.setdefault(STEP, 0)
                 if bucket.bases[i] is not None:
                     bucket.basis_rounds[i] = int(shown.setdefault(BASIS_ROUND, -1))
-                if self.kahan and COMPENSATION not in shown:
-                    local = local_part(entry.param)
+                local = local_part(entry.param)
+                if self._needs_compensation(local) and COMPENSATION not in shown:
                     shown[COMPENSATION] = torch.zeros_like(local, memory_format=torch.contiguous_format)
                 views = self._views(bucket, i)
                 self._shown[entry.param] = views
                 self._take_over(entry, shown, views)
+
+    def _needs_compensation(self, local: Tensor) -> bool:
+        return self.group["rounding"] == "kahan" and local.dtype in (torch.bfloat16, torch.float16)
 
     def _take_over(self, entry: Entry, shown: dict[str, Any], views: dict[str, Tensor]) -> None:
         for name, view in views.items():
@@ -126,6 +129,7 @@ class GroupState:
         if self.open:
             return
         self.open = True
+        self.move(None)
         self.refresh()
         self.rebuild_after_data_swap()
         settings, group = self.settings(), self.group
@@ -179,9 +183,10 @@ class GroupState:
     def num_bytes(self) -> int:
         """Return the bytes of state: arenas, bases and compensations."""
         total = sum(bucket.num_bytes() for bucket in self.buckets)
-        for param in self.home if self.kahan else ():
-            compensation = self.state[param][COMPENSATION]
-            total += compensation.numel() * compensation.element_size()
+        for param in self.home:
+            compensation = self.state[param].get(COMPENSATION)
+            if compensation is not None:
+                total += compensation.numel() * compensation.element_size()
         return total
 
     def move(self, device: torch.device | None) -> None:
@@ -198,13 +203,3 @@ class GroupState:
                 shown.update(views)
                 self._shown[entry.param].update(views)
             bucket.generation += 1
-
-
-def is_scale(name: str) -> bool:
-    """Whether a state key holds quantisation scales."""
-    return name.endswith(SCALE_SUFFIX)
-
-
-def rules_of(settings: Settings) -> tuple[Any, Any]:
-    """Return the group's rules; groups that are not split have nothing state-free."""
-    return state_full_rule(settings.state_full), state_free_rule(settings.state_free)

@@ -6,14 +6,16 @@ norm, k = floor(density * n) of each tensor; the state is (rows, k) or (k, colum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from memopt.ops.counter_rng import random_subset
+from memopt.ops.counter_rng import random_subsets
 from memopt.optim.parts import IndexCut, LeadingRows, Part, Tile, ranges, rows_per_tile
 from memopt.optim.selections.base import Choice, Selection
 from memopt.optim.tensors import share
@@ -106,67 +108,87 @@ class ChosenRows(Part):
         return new.view(-1)
 
 
-def chosen_lines(choice: Choice, dim: int) -> Part:
-    """Draw rows (dim 0) or columns (dim 1); all or none need no index."""
-    size = (choice.rows, choice.columns)[dim]
-    count = share(choice.density, size)
-    if count in (0, size):
-        return LeadingRows(choice.rows if count else 0, choice.columns)
-    index = random_subset(choice.key, size, count, choice.device)
-    return ChosenColumns(index, choice.rows) if dim == 1 else ChosenRows(index, choice.columns)
+def chosen_lines(choices: Sequence[Choice], dims: Sequence[int]) -> list[Part]:
+    """Draw rows (dim 0) or columns (dim 1) of several parameters; all or none need no index."""
+    parts: list[Part | None] = [None] * len(choices)
+    alike: dict[tuple[int, int, torch.device], list[int]] = defaultdict(list)
+    for i, (choice, dim) in enumerate(zip(choices, dims, strict=True)):
+        size = (choice.rows, choice.columns)[dim]
+        count = share(choice.density, size)
+        if count in (0, size):
+            parts[i] = LeadingRows(choice.rows if count else 0, choice.columns)
+        else:
+            alike[size, count, choice.device].append(i)
+    for (size, count, device), members in alike.items():
+        drawn = random_subsets([choices[i].key for i in members], size, count, device)
+        for i, index in zip(members, drawn, strict=True):
+            choice, columns = choices[i], dims[i] == 1
+            parts[i] = (
+                ChosenColumns(index, choice.rows) if columns else ChosenRows(index, choice.columns)
+            )
+    return [part for part in parts if part is not None]
 
 
-class Columns(Selection):
+class _Axis(Selection):
+    """What columns, rows and randperm share."""
+
+    needs_matrix = True
+
+    @abstractmethod
+    def dim(self, rows: int, columns: int) -> int:
+        """1 to draw columns, 0 to draw rows."""
+
+    def num_slots(self, rows: int, columns: int, density: float) -> int:
+        """The other side times floor(density * n)."""
+        if self.dim(rows, columns) == 1:
+            return rows * share(density, columns)
+        return columns * share(density, rows)
+
+    def choose(self, choice: Choice) -> Part:
+        """Draw for one parameter."""
+        return self.choose_many([choice])[0]
+
+    def choose_many(self, choices: Sequence[Choice]) -> list[Part]:
+        """Draw for many at once: tensors of one size share their launches."""
+        return chosen_lines(choices, [self.dim(c.rows, c.columns) for c in choices])
+
+
+class Columns(_Axis):
     """Random columns (dim 1)."""
 
     name = "columns"
-    needs_matrix = True
 
-    def num_slots(self, rows: int, columns: int, density: float) -> int:
-        """Rows times the chosen columns."""
-        return rows * share(density, columns)
-
-    def choose(self, choice: Choice) -> Part:
-        """Draw columns."""
-        return chosen_lines(choice, 1)
+    def dim(self, rows: int, columns: int) -> int:
+        """Columns."""
+        return 1
 
     def describe(self) -> str:
         """One line for tables."""
         return "floor(density x n) random columns of each tensor"
 
 
-class Rows(Selection):
+class Rows(_Axis):
     """Random rows (dim 0)."""
 
     name = "rows"
-    needs_matrix = True
 
-    def num_slots(self, rows: int, columns: int, density: float) -> int:
-        """Columns times the chosen rows."""
-        return columns * share(density, rows)
-
-    def choose(self, choice: Choice) -> Part:
-        """Draw rows."""
-        return chosen_lines(choice, 0)
+    def dim(self, rows: int, columns: int) -> int:
+        """Rows."""
+        return 0
 
     def describe(self) -> str:
         """One line for tables."""
         return "floor(density x n) random rows of each tensor"
 
 
-class RandomAxis(Selection):
+class RandomAxis(_Axis):
     """Columns where out >= in, else rows: a random coordinate subspace of the shorter side."""
 
     name = "randperm"
-    needs_matrix = True
 
-    def num_slots(self, rows: int, columns: int, density: float) -> int:
-        """As columns or rows."""
-        return (Columns() if rows >= columns else Rows()).num_slots(rows, columns, density)
-
-    def choose(self, choice: Choice) -> Part:
-        """Draw along the shorter side."""
-        return chosen_lines(choice, 1 if choice.rows >= choice.columns else 0)
+    def dim(self, rows: int, columns: int) -> int:
+        """The shorter side."""
+        return 1 if rows >= columns else 0
 
     def describe(self) -> str:
         """One line for tables."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,6 +53,10 @@ class Selection(ABC):
     @abstractmethod
     def choose(self, choice: Choice) -> Part:
         """Return the part of this round."""
+
+    def choose_many(self, choices: Sequence[Choice]) -> list[Part]:
+        """Return the parts of several parameters; override it where they can share work."""
+        return [self.choose(choice) for choice in choices]
 
     def num_basis(self, rows: int, columns: int, density: float) -> int:
         """Numbers that the projection itself needs, in the parameter's dtype."""

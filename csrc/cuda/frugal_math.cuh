@@ -1,0 +1,156 @@
+// Arithmetic of the FRUGAL step: loading and storing eight numbers, rounding, and the rules.
+// All arithmetic is float32; the final addition is one rounding: w + (u - decay * w).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launchers.h"
+
+namespace memopt {
+
+constexpr int kVector = 8;  // elements a thread handles at a time
+constexpr uint32_t kMomentTag = 0x5BD1E995u;
+
+__device__ __forceinline__ uint32_t mix32(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+// The 32 random bits of (key low, key high) at a position; memopt/ops/counter_rng.py is the same.
+__device__ __forceinline__ uint32_t random_bits(uint32_t low, uint32_t high, uint64_t index) {
+  uint32_t mixed = mix32(static_cast<uint32_t>(index) ^ low);
+  return mix32(mixed ^ high ^ (static_cast<uint32_t>(index >> 32) * 0x9E3779B9u));
+}
+
+// ---------------------------------------------------------------------------- numbers
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+
+// Round up or down with the probability that makes the mean right; bfloat16 only.
+template <typename T>
+__device__ __forceinline__ T from_float_stochastic(float x, uint32_t random16) {
+  return from_float<T>(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float_stochastic<__nv_bfloat16>(float x,
+                                                                             uint32_t random16) {
+  if (!isfinite(x)) return __float2bfloat16_rn(x);
+  uint32_t bits = (__float_as_uint(x) + random16) >> 16;
+  return __ushort_as_bfloat16(static_cast<unsigned short>(bits));
+}
+
+// Eight numbers as they lie in memory.
+template <typename T>
+struct alignas(16) Eight {
+  T value[kVector];
+};
+
+template <typename T>
+__device__ __forceinline__ Eight<T> load8(const T* from) {
+  Eight<T> result;
+  constexpr int kWords = sizeof(Eight<T>) / 16;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    reinterpret_cast<uint4*>(&result)[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
+  }
+  return result;
+}
+
+template <typename T>
+__device__ __forceinline__ void store8(T* to, const Eight<T>& from) {
+  constexpr int kWords = sizeof(Eight<T>) / 16;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    __stcs(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(&from)[i]);
+  }
+}
+
+__device__ __forceinline__ bool aligned16(const void* pointer) {
+  return (reinterpret_cast<uintptr_t>(pointer) & 15) == 0;
+}
+
+// ---------------------------------------------------------------------------- rules
+// Scalars of one tensor in this step.
+struct Scalars {
+  float decay, free_step, step_size, denom_scale;
+  float beta1_rest, beta2_rest, eps;
+  int full_rule, free_rule, maximize;
+  uint32_t call_tag;
+};
+
+// -1, 0, 1, and NaN for NaN.
+__device__ __forceinline__ float sign_of(float x) {
+  if (isnan(x)) return x;
+  return static_cast<float>((x > 0.0f) - (x < 0.0f));
+}
+
+__device__ __forceinline__ float free_update(float g, const Scalars& s) {
+  if (s.free_rule == MEMOPT_NONE) return 0.0f;
+  float direction = s.free_rule == MEMOPT_SIGN ? sign_of(g) : g;
+  return -s.free_step * direction;
+}
+
+// Returns the update and changes the moments.
+__device__ __forceinline__ float full_update(float g, float& m, float& v, const Scalars& s) {
+  if (s.full_rule == MEMOPT_ADAMW) {
+    m = fmaf(s.beta1_rest, g - m, m);
+    v = fmaf(s.beta2_rest, fmaf(g, g, -v), v);
+    float denom = fmaf(sqrtf(v), s.denom_scale, s.eps);
+    return -s.step_size * (m / denom);
+  }
+  if (s.full_rule == MEMOPT_LION) {
+    float u = sign_of(fmaf(s.beta1_rest, g - m, m));
+    m = fmaf(s.beta2_rest, g - m, m);
+    return -s.step_size * u;
+  }
+  m = fmaf(1.0f - s.beta1_rest, m, g);
+  return -s.step_size * m;
+}
+
+__device__ __forceinline__ float apply(float w, float update, const Scalars& s) {
+  return w + fmaf(-s.decay, w, update);
+}
+
+// One weight: with rounding kahan, `c` is its compensation.
+template <typename T, int kRounding>
+__device__ __forceinline__ void apply_rounded(T& w, T& c, float update, const Scalars& s,
+                                              uint32_t tag, uint64_t element) {
+  if constexpr (kRounding == MEMOPT_KAHAN) {
+    float result = apply(to_float(w) + to_float(c), update, s);
+    w = from_float<T>(result);
+    c = from_float<T>(result - to_float(w));
+  } else if constexpr (kRounding == MEMOPT_STOCHASTIC) {
+    uint32_t bits = random_bits(tag, s.call_tag, element) & 0xFFFFu;
+    w = from_float_stochastic<T>(apply(to_float(w), update, s), bits);
+  } else {
+    w = from_float<T>(apply(to_float(w), update, s));
+  }
+}
+
+// Moments back in the weights' dtype; `number` is 0 for the first, 1 for the second.
+template <typename T, int kRounding>
+__device__ __forceinline__ T round_moment(float x, int number, uint32_t tag, uint64_t slot,
+                                          const Scalars& s) {
+  if constexpr (kRounding == MEMOPT_STOCHASTIC) {
+    uint32_t bits = random_bits(tag ^ kMomentTag, s.call_tag, slot) >> (16 * number);
+    return from_float_stochastic<T>(x, bits & 0xFFFFu);
+  } else {
+    return from_float<T>(x);
+  }
+}
+
+}  // namespace memopt

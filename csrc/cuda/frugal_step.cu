@@ -1,0 +1,394 @@
+// The FRUGAL step of many tensors in one launch: every gradient and weight is read once, every
+// weight written once, nothing of a tensor's size is allocated.
+//
+// One thread block steps one chunk of a segment. A thread handles eight neighbouring elements at a
+// time (16 bytes of bfloat16), several of them in flight, since nothing here but memory matters.
+// Elements at the ends of a segment, and tensors whose addresses or row lengths do not allow it, go
+// one by one through the same arithmetic. See launchers.h for the tables.
+#include "frugal_math.cuh"
+#include "frugal_quantized.cuh"
+
+namespace memopt {
+
+constexpr int kThreads = 256;
+constexpr int kStride = kThreads * kVector;
+
+// What one thread block works on: the tensor from the chunk's first element on.
+template <typename T>
+struct Chunk {
+  T* weight;
+  const T* grad;
+  T* compensation;
+  T* moment[2];      // arena, not yet advanced
+  uint64_t element;  // index in the tensor of the chunk's first element
+  int64_t origin;    // arena position of the tensor's slot 0
+  int size;
+  uint32_t tag;
+  bool has_second;
+  Scalars s;
+};
+
+template <typename T, int kRounding>
+__device__ __forceinline__ void step_one(const Chunk<T>& c, int i, int64_t state) {
+  float g = to_float(c.grad[i]);
+  if (c.s.maximize) g = -g;
+  float update;
+  if (state >= 0) {
+    float m = to_float(c.moment[0][state]);
+    float v = c.has_second ? to_float(c.moment[1][state]) : 0.0f;
+    update = full_update(g, m, v, c.s);
+    uint64_t slot = state - c.origin;
+    c.moment[0][state] = round_moment<T, kRounding>(m, 0, c.tag, slot, c.s);
+    if (c.has_second) c.moment[1][state] = round_moment<T, kRounding>(v, 1, c.tag, slot, c.s);
+  } else {
+    update = free_update(g, c.s);
+  }
+  T w = c.weight[i];
+  T compensation = kRounding == MEMOPT_KAHAN ? c.compensation[i] : from_float<T>(0.0f);
+  apply_rounded<T, kRounding>(w, compensation, update, c.s, c.tag, c.element + i);
+  c.weight[i] = w;
+  if (kRounding == MEMOPT_KAHAN) c.compensation[i] = compensation;
+}
+
+// Eight elements at i; those whose bit is set in `bits` have state at `state`, `state` + 1, ...
+template <typename T, int kRounding>
+__device__ __forceinline__ void step_mixed(const Chunk<T>& c, int i, uint32_t bits,
+                                           int64_t state) {
+  Eight<T> w = load8(c.weight + i);
+  const Eight<T> g = load8(c.grad + i);
+  Eight<T> comp;
+  if constexpr (kRounding == MEMOPT_KAHAN) comp = load8(c.compensation + i);
+  float m[kVector], v[kVector];
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {  // all loads before any use
+    m[j] = v[j] = 0.0f;
+    if (bits >> j & 1) {
+      int64_t at = state + __popc(bits & ((1u << j) - 1));
+      m[j] = to_float(c.moment[0][at]);
+      if (c.has_second) v[j] = to_float(c.moment[1][at]);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    float gradient = to_float(g.value[j]);
+    if (c.s.maximize) gradient = -gradient;
+    float update;
+    if (bits >> j & 1) {
+      int64_t at = state + __popc(bits & ((1u << j) - 1));
+      update = full_update(gradient, m[j], v[j], c.s);
+      uint64_t slot = at - c.origin;
+      c.moment[0][at] = round_moment<T, kRounding>(m[j], 0, c.tag, slot, c.s);
+      if (c.has_second) c.moment[1][at] = round_moment<T, kRounding>(v[j], 1, c.tag, slot, c.s);
+    } else {
+      update = free_update(gradient, c.s);
+    }
+    apply_rounded<T, kRounding>(w.value[j], comp.value[j], update, c.s, c.tag, c.element + i + j);
+  }
+  store8(c.weight + i, w);
+  if constexpr (kRounding == MEMOPT_KAHAN) store8(c.compensation + i, comp);
+}
+
+// kUnroll times eight elements, all with state (at `state` + distance from i) or all without.
+template <typename T, int kRounding, bool kFull, int kUnroll>
+__device__ __forceinline__ void step_run(const Chunk<T>& c, int first, int stop, int64_t state) {
+  Eight<T> w[kUnroll], g[kUnroll], comp[kUnroll], m[kUnroll], v[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    int i = first + u * kStride;
+    if (i < stop) {
+      w[u] = load8(c.weight + i);
+      g[u] = load8(c.grad + i);
+      if constexpr (kRounding == MEMOPT_KAHAN) comp[u] = load8(c.compensation + i);
+      if constexpr (kFull) {
+        m[u] = load8(c.moment[0] + state + i);
+        if (c.has_second) v[u] = load8(c.moment[1] + state + i);
+      }
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    int i = first + u * kStride;
+    if (i >= stop) continue;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      float gradient = to_float(g[u].value[j]);
+      if (c.s.maximize) gradient = -gradient;
+      float update;
+      if constexpr (kFull) {
+        float mean = to_float(m[u].value[j]);
+        float square = c.has_second ? to_float(v[u].value[j]) : 0.0f;
+        update = full_update(gradient, mean, square, c.s);
+        uint64_t slot = state + i + j - c.origin;
+        m[u].value[j] = round_moment<T, kRounding>(mean, 0, c.tag, slot, c.s);
+        v[u].value[j] = round_moment<T, kRounding>(square, 1, c.tag, slot, c.s);
+      } else {
+        update = free_update(gradient, c.s);
+      }
+      apply_rounded<T, kRounding>(w[u].value[j], comp[u].value[j], update, c.s, c.tag,
+                                  c.element + i + j);
+    }
+    store8(c.weight + i, w[u]);
+    if constexpr (kRounding == MEMOPT_KAHAN) store8(c.compensation + i, comp[u]);
+    if constexpr (kFull) {
+      store8(c.moment[0] + state + i, m[u]);
+      if (c.has_second) store8(c.moment[1] + state + i, v[u]);
+    }
+  }
+}
+
+// Elements of one kind in a row; `state` is the arena position of the chunk's first element.
+template <typename T, int kRounding, bool kFull>
+__device__ void run_uniform(const Chunk<T>& c, bool aligned, int64_t state) {
+  // As many bytes in flight with and without moments; float32 vectors are twice as wide.
+  constexpr int kUnroll = (kFull ? 2 : 4) * 2 / sizeof(T) > 0 ? (kFull ? 2 : 4) * 2 / sizeof(T) : 1;
+  if (kFull) {
+    aligned = aligned && aligned16(c.moment[0] + state) &&
+              (!c.has_second || aligned16(c.moment[1] + state));
+  }
+  int stop = aligned ? c.size / kVector * kVector : 0;
+  for (int first = threadIdx.x * kVector; first < stop; first += kStride * kUnroll) {
+    step_run<T, kRounding, kFull, kUnroll>(c, first, stop, state);
+  }
+  for (int i = stop + threadIdx.x; i < c.size; i += kThreads) {
+    step_one<T, kRounding>(c, i, kFull ? state + i : -1);
+  }
+}
+
+template <typename T, int kRounding>
+__device__ void run_columns(const Chunk<T>& c, bool aligned, int64_t state, uint64_t columns,
+                            uint64_t chosen, const int2* words) {
+  uint64_t row0 = c.element / columns;
+  uint32_t column0 = static_cast<uint32_t>(c.element - row0 * columns);
+  uint32_t width = static_cast<uint32_t>(columns);
+  bool vectors = aligned && columns % kVector == 0;
+  int stop = vectors ? c.size / kVector * kVector : 0;
+  for (int i = threadIdx.x * kVector; i < stop; i += kStride) {
+    uint32_t offset = column0 + i, row = offset / width, column = offset - row * width;
+    int2 word = __ldg(words + column / 32);
+    uint32_t shift = column & 31, mask = static_cast<uint32_t>(word.x);
+    int64_t at = state + (row0 + row) * chosen + word.y + __popc(mask & ((1u << shift) - 1));
+    step_mixed<T, kRounding>(c, i, mask >> shift & 0xFFu, at);
+  }
+  for (int i = stop + threadIdx.x; i < c.size; i += kThreads) {
+    uint32_t offset = column0 + i, row = offset / width, column = offset - row * width;
+    int2 word = __ldg(words + column / 32);
+    uint32_t shift = column & 31, mask = static_cast<uint32_t>(word.x);
+    int64_t at = state + (row0 + row) * chosen + word.y + __popc(mask & ((1u << shift) - 1));
+    step_one<T, kRounding>(c, i, mask >> shift & 1 ? at : -1);
+  }
+}
+
+template <typename T, int kRounding>
+__device__ void run_rows(const Chunk<T>& c, bool aligned, int64_t state, uint64_t columns,
+                         const int32_t* slots) {
+  uint64_t row0 = c.element / columns;
+  uint64_t column0 = c.element - row0 * columns;
+  bool vectors = aligned && columns % kVector == 0 && aligned16(c.moment[0] + state) &&
+                 (!c.has_second || aligned16(c.moment[1] + state));
+  int stop = vectors ? c.size / kVector * kVector : 0;
+  for (int i = threadIdx.x * kVector; i < stop; i += kStride) {
+    uint64_t row = (column0 + i) / columns, column = column0 + i - row * columns;
+    int32_t slot = __ldg(slots + row0 + row);
+    int64_t at = state + static_cast<int64_t>(slot) * columns + column - i;
+    if (slot >= 0) {
+      step_run<T, kRounding, true, 1>(c, i, stop, at);
+    } else {
+      step_run<T, kRounding, false, 1>(c, i, stop, 0);
+    }
+  }
+  for (int i = stop + threadIdx.x; i < c.size; i += kThreads) {
+    uint64_t row = (column0 + i) / columns, column = column0 + i - row * columns;
+    int32_t slot = __ldg(slots + row0 + row);
+    int64_t at = state + static_cast<int64_t>(slot * static_cast<int64_t>(columns) + column);
+    step_one<T, kRounding>(c, i, slot < 0 ? -1 : at);
+  }
+}
+
+// The strata of memopt/optim/selections/coordinates.py: begin(j) = floor((j N + u) / k).
+struct Strata {
+  uint64_t size, count, offset, step, rest;
+  uint32_t key_low, key_high;
+  uint64_t stratum, begin, next, remainder;
+
+  __device__ Strata(uint64_t n, uint64_t k, uint64_t key, uint64_t u)
+      : size(n), count(k), offset(u), step(n / k), rest(n % k),
+        key_low(static_cast<uint32_t>(key)), key_high(static_cast<uint32_t>(key >> 32)) {}
+
+  // Go to the stratum that holds an element.
+  __device__ void seek(uint64_t element) {
+    uint64_t reach = (element + 1) * count;
+    stratum = reach > offset ? (reach - offset - 1) / size : 0;
+    uint64_t position = stratum * size + offset;
+    begin = position / count;
+    remainder = position - begin * count;
+    set_next();
+    if (stratum == 0) begin = 0;
+  }
+  __device__ void set_next() {
+    next = (stratum ? begin : offset / count) + step + (remainder + rest >= count ? 1 : 0);
+    if (stratum + 1 == count) next = size;
+  }
+  __device__ void advance() {
+    remainder += rest;
+    if (remainder >= count) remainder -= count;
+    begin = next;
+    ++stratum;
+    set_next();
+  }
+  __device__ uint64_t pick() const {
+    uint64_t chance = random_bits(key_low, key_high, stratum);
+    return begin + (chance * (next - begin) >> 32);
+  }
+};
+
+template <typename T, int kRounding>
+__device__ void run_strata(const Chunk<T>& c, bool aligned, int64_t state, Strata strata) {
+  int stop = aligned ? c.size / kVector * kVector : 0;
+  for (int i = threadIdx.x * kVector; i < stop; i += kStride) {
+    uint64_t element = c.element + i;
+    uint32_t bits = 0;
+    int64_t first = -1;
+    for (strata.seek(element);; strata.advance()) {
+      uint64_t pick = strata.pick();
+      if (pick >= element && pick < element + kVector) {
+        if (first < 0) first = strata.stratum;
+        bits |= 1u << (pick - element);
+      }
+      if (strata.next >= element + kVector || strata.next >= strata.size) break;
+    }
+    step_mixed<T, kRounding>(c, i, bits, state + first);
+  }
+  for (int i = stop + threadIdx.x; i < c.size; i += kThreads) {
+    strata.seek(c.element + i);
+    bool chosen = strata.pick() == c.element + i;
+    step_one<T, kRounding>(c, i, chosen ? state + static_cast<int64_t>(strata.stratum) : -1);
+  }
+}
+
+__device__ __forceinline__ Scalars scalars_of(const memopt_frugal_tensors& tensors,
+                                              const memopt_frugal_launch& launch, int tensor) {
+  Scalars s;
+  s.beta1_rest = launch.beta1_rest;
+  s.beta2_rest = launch.beta2_rest;
+  s.eps = launch.eps;
+  s.full_rule = launch.full_rule;
+  s.free_rule = launch.free_rule;
+  s.maximize = launch.maximize;
+  if (launch.scalars != nullptr) {
+    s.decay = __ldg(launch.scalars);
+    s.free_step = __ldg(launch.scalars + 1);
+    s.call_tag = __float_as_uint(__ldg(launch.scalars + 2));
+    s.step_size = __ldg(launch.scalars + 4 + 2 * tensor);
+    s.denom_scale = __ldg(launch.scalars + 5 + 2 * tensor);
+  } else {
+    s.decay = launch.decay;
+    s.free_step = launch.free_step;
+    s.call_tag = launch.call_tag;
+    s.step_size = tensors.step_size[tensor];
+    s.denom_scale = tensors.denom_scale[tensor];
+  }
+  return s;
+}
+
+// What a launch's segments may be; apart, because the index arithmetic of the second costs registers
+// that the first, the common case, turns into threads in flight.
+enum Layout { kRuns, kIndexed, kQuantized };
+
+template <typename T, int kRounding, Layout kLayout>
+__global__ void __launch_bounds__(kThreads, kLayout == kRuns ? 4 : 2)
+    frugal_step_kernel(const __grid_constant__ memopt_frugal_tensors tensors,
+                       const __grid_constant__ memopt_frugal_launch launch) {
+  int chunk = blockIdx.x;
+  const int64_t* f = launch.segments +
+                     static_cast<int64_t>(__ldg(launch.chunks + chunk)) * MEMOPT_FRUGAL_FIELDS;
+  int tensor = static_cast<int>(__ldg(f + MEMOPT_FIELD_TENSOR));
+  int kind = static_cast<int>(__ldg(f + MEMOPT_FIELD_KIND));
+  int64_t distance = (chunk - __ldg(f + MEMOPT_FIELD_FIRST_CHUNK)) * MEMOPT_FRUGAL_CHUNK;
+  int64_t size = __ldg(f + MEMOPT_FIELD_SIZE) - distance;
+  int64_t state = __ldg(f + MEMOPT_FIELD_STATE);
+
+  Chunk<T> c;
+  c.element = __ldg(f + MEMOPT_FIELD_START) + distance;
+  c.weight = static_cast<T*>(tensors.weight[tensor]) + c.element;
+  c.grad = static_cast<const T*>(tensors.grad[tensor]) + c.element;
+  c.compensation = nullptr;
+  bool aligned = aligned16(c.weight) && aligned16(c.grad);
+  if constexpr (kRounding == MEMOPT_KAHAN) {
+    c.compensation = static_cast<T*>(tensors.compensation[tensor]) + c.element;
+    aligned = aligned && aligned16(c.compensation);
+  }
+  c.moment[0] = static_cast<T*>(launch.moment[0]);
+  c.moment[1] = static_cast<T*>(launch.moment[1]);
+  c.origin = __ldg(f + MEMOPT_FIELD_ORIGIN);
+  c.size = static_cast<int>(size < MEMOPT_FRUGAL_CHUNK ? size : MEMOPT_FRUGAL_CHUNK);
+  c.tag = static_cast<uint32_t>(__ldg(f + MEMOPT_FIELD_TAG));
+  c.has_second = launch.full_rule == MEMOPT_ADAMW;
+  c.s = scalars_of(tensors, launch, tensor);
+
+  if (kind == MEMOPT_SEGMENT_FREE) {
+    run_uniform<T, kRounding, false>(c, aligned, 0);
+    return;
+  }
+  if constexpr (kLayout == kRuns) {
+    run_uniform<T, kRounding, true>(c, aligned, state + distance);
+    return;
+  }
+  uint64_t a = __ldg(f + MEMOPT_FIELD_A), b = __ldg(f + MEMOPT_FIELD_B);
+  uint64_t key = __ldg(f + MEMOPT_FIELD_KEY);
+  if constexpr (kLayout == kQuantized) {
+    const int32_t* slots = kind == MEMOPT_SEGMENT_ROWS ? launch.index + key : nullptr;
+    run_quantized<T, kRounding>(c, launch, aligned, state + (slots ? 0 : distance), a, slots);
+  }
+  if constexpr (kLayout == kIndexed) {
+    if (kind == MEMOPT_SEGMENT_FULL) {
+      run_uniform<T, kRounding, true>(c, aligned, state + distance);
+    } else if (kind == MEMOPT_SEGMENT_COLUMNS) {
+      const int2* words = reinterpret_cast<const int2*>(launch.index + key);
+      run_columns<T, kRounding>(c, aligned, state, a, b, words);
+    } else if (kind == MEMOPT_SEGMENT_ROWS) {
+      run_rows<T, kRounding>(c, aligned, state, a, launch.index + key);
+    } else {
+      Strata strata(a, b, key, __ldg(f + MEMOPT_FIELD_OFFSET));
+      run_strata<T, kRounding>(c, aligned, state, strata);
+    }
+  }
+}
+
+template <typename T, int kRounding>
+cudaError_t launch_rounded(const memopt_frugal_tensors& tensors, const memopt_frugal_launch& launch,
+                           cudaStream_t stream) {
+  dim3 grid(launch.num_chunks), block(kThreads);
+  if (launch.scale[0] != nullptr) {
+    frugal_step_kernel<T, kRounding, kQuantized><<<grid, block, 0, stream>>>(tensors, launch);
+  } else if (launch.index != nullptr) {
+    frugal_step_kernel<T, kRounding, kIndexed><<<grid, block, 0, stream>>>(tensors, launch);
+  } else {
+    frugal_step_kernel<T, kRounding, kRuns><<<grid, block, 0, stream>>>(tensors, launch);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace memopt
+
+// Roundings that a dtype does not have are not compiled: only codes are rounded stochastically
+// beside float32 weights, and float16 has no stochastic rounding.
+extern "C" cudaError_t memopt_frugal_step(const memopt_frugal_tensors* tensors,
+                                          const memopt_frugal_launch* launch, int32_t dtype,
+                                          int32_t rounding, cudaStream_t stream) {
+  using namespace memopt;
+  if (launch->num_chunks == 0) return cudaSuccess;
+  bool stochastic = rounding == MEMOPT_STOCHASTIC, kahan = rounding == MEMOPT_KAHAN;
+  if (dtype == MEMOPT_FLOAT32) {
+    if (stochastic) return launch_rounded<float, MEMOPT_STOCHASTIC>(*tensors, *launch, stream);
+    return launch_rounded<float, MEMOPT_NEAREST>(*tensors, *launch, stream);
+  }
+  if (dtype == MEMOPT_BFLOAT16) {
+    using T = __nv_bfloat16;
+    if (stochastic) return launch_rounded<T, MEMOPT_STOCHASTIC>(*tensors, *launch, stream);
+    if (kahan) return launch_rounded<T, MEMOPT_KAHAN>(*tensors, *launch, stream);
+    return launch_rounded<T, MEMOPT_NEAREST>(*tensors, *launch, stream);
+  }
+  if (dtype != MEMOPT_FLOAT16 || stochastic) return cudaErrorInvalidValue;
+  if (kahan) return launch_rounded<__half, MEMOPT_KAHAN>(*tensors, *launch, stream);
+  return launch_rounded<__half, MEMOPT_NEAREST>(*tensors, *launch, stream);
+}

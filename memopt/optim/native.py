@@ -1,0 +1,219 @@
+"""The step as one kernel launch: which buckets it can take, its tables, and the call.
+
+Tables have the same shape in every round (unused segments and chunks are empty), so a switch fills
+them in place: nothing is allocated, and a captured CUDA graph stays valid.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from memopt.ops import frugal_step as op
+from memopt.ops.frugal_step import CHUNK, Field, Kind, Rounding
+from memopt.ops.native import cuda_status
+from memopt.optim.bucket import Bucket
+from memopt.optim.parts import LeadingRows, Part
+from memopt.optim.rules import StateFreeRule, StateFullRule
+from memopt.optim.selections.axes import ChosenColumns, ChosenRows
+from memopt.optim.selections.coordinates import Strata
+from memopt.optim.settings import Settings
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refusal(
+    bucket: Bucket, settings: Settings, full: StateFullRule, free: StateFreeRule
+) -> str:
+    """Return why the kernel cannot step a bucket; empty when it can."""
+    if full.native_code < 0 or free.native_code < 0:
+        return f"the rules {full.name} and {free.name} are not both in the kernel"
+    if bucket.dtype not in _DTYPES:
+        return f"weights are {bucket.dtype}"
+    if any(entry.selection.low_rank for entry in bucket.entries):
+        return f"selection {settings.selection} is matrix products"
+    if len(bucket.entries) > op.MAX_TENSORS:
+        return f"{len(bucket.entries)} tensors in a group, the kernel takes {op.MAX_TENSORS}"
+    if settings.quantize is not None and settings.split and not _blocks_are_whole(bucket, settings):
+        return f"8-bit moments of selection {settings.selection} do not fall into whole blocks"
+    if bucket.device.type != "cuda":
+        return f"the parameters are on {bucket.device.type}"
+    status = cuda_status()
+    return "" if status.available else status.reason
+
+
+def _blocks_are_whole(bucket: Bucket, settings: Settings) -> bool:
+    """Whether quantisation blocks never cross rows that are apart in the weight."""
+    if settings.selection == "blocks":
+        return True
+    if settings.selection != "rows":
+        return False
+    return all(e.columns % 256 == 0 and not e.vector for e in bucket.entries)
+
+
+@dataclass
+class Tables:
+    """The kernel's tables for some parameters of a bucket, and for which layout they are filled."""
+
+    indices: tuple[int, ...]
+    segments: Tensor
+    chunks: Tensor
+    index: Tensor | None
+    index_at: list[int]
+    generation: int = -1
+    rows: list[list[int]] = field(default_factory=list)
+
+
+def _max_chunks(bucket: Bucket, indices: Sequence[int]) -> int:
+    # A tensor cut in two has one chunk more than a whole one; under blocks there is one such tensor.
+    return sum(-(-bucket.entries[i].size // CHUNK) + 1 for i in indices)
+
+
+def make_tables(bucket: Bucket, indices: Sequence[int], *, split: bool) -> Tables:
+    """Allocate tables that fit every round of a group that is split, or is not."""
+    index_at, words = [], 0
+    for i in indices:
+        entry = bucket.entries[i]
+        index_at.append(words)
+        if entry.selection.needs_matrix:
+            words += max(entry.rows, 2 * -(-entry.columns // 32))
+            words += words % 2  # masks and ranks are read as pairs
+    indexed = any(bucket.entries[i].selection.name != "blocks" for i in indices)
+    device = bucket.device
+    return Tables(
+        indices=tuple(indices),
+        segments=torch.zeros(2 * len(indices) + 1, op.FIELDS, dtype=torch.int64, device=device),
+        chunks=torch.zeros(_max_chunks(bucket, indices), dtype=torch.int32, device=device),
+        index=torch.zeros(max(words, 2), dtype=torch.int32, device=device)
+        if indexed and split
+        else None,
+        index_at=index_at,
+    )
+
+
+def fill_tables(tables: Tables, bucket: Bucket) -> None:
+    """Write the current layout into the tables."""
+    if tables.generation == bucket.generation:
+        return
+    rows: list[list[int]] = []
+    for tensor, i in enumerate(tables.indices):
+        rows += _segments_of(bucket, tensor, i, tables.index_at[tensor])
+    first = 0
+    counts = []
+    for row in rows:
+        row[Field.FIRST_CHUNK] = first
+        counts.append(-(-row[Field.SIZE] // CHUNK))
+        first += counts[-1]
+    capacity = tables.chunks.numel()
+    empty = [0] * op.FIELDS
+    padded = rows + [empty] * (tables.segments.shape[0] - len(rows))
+    counts += [0] * (len(padded) - len(counts))
+    counts[-1] = capacity - first  # the last segment is empty and takes the unused chunks
+    assert len(rows) < len(padded)
+    tables.segments.copy_(torch.tensor(padded, dtype=torch.int64))
+    number = torch.arange(len(padded), dtype=torch.int32, device=tables.chunks.device)
+    repeats = torch.tensor(counts, device=tables.chunks.device)
+    tables.chunks.copy_(torch.repeat_interleave(number, repeats, output_size=capacity))
+    if tables.index is not None:
+        _fill_index(tables, bucket)
+    tables.rows, tables.generation = rows, bucket.generation
+
+
+def _segments_of(bucket: Bucket, tensor: int, i: int, index_at: int) -> list[list[int]]:
+    entry, part, origin = bucket.entries[i], bucket.parts[i], bucket.offsets[i]
+
+    def row(kind: Kind, start: int, size: int, **more: int) -> list[int]:
+        values = {Field.TENSOR: tensor, Field.KIND: kind, Field.START: start, Field.SIZE: size}
+        values |= {Field.STATE: origin, Field.ORIGIN: origin, Field.TAG: entry.tag}
+        values |= {Field[name.upper()]: value for name, value in more.items()}
+        return [int(values.get(name, 0)) for name in Field]
+
+    if isinstance(part, LeadingRows):
+        full = part.num_slots
+        parts = [row(Kind.FULL, 0, full), row(Kind.FREE, full, entry.size - full)]
+        return [segment for segment in parts if segment[Field.SIZE]]
+    if isinstance(part, ChosenColumns):
+        count = part.index.numel()
+        return [row(Kind.COLUMNS, 0, entry.size, a=entry.columns, b=count, key=index_at)]
+    if isinstance(part, ChosenRows):
+        return [row(Kind.ROWS, 0, entry.size, a=entry.columns, key=index_at)]
+    assert isinstance(part, Strata)
+    key = part.key if part.key < 2**63 else part.key - 2**64
+    return [row(Kind.STRATA, 0, entry.size, a=part.size, b=part.count, key=key, offset=part.offset)]
+
+
+def _fill_index(tables: Tables, bucket: Bucket) -> None:
+    """Write masks and ranks (columns) or slots (rows), for all tensors of one shape at once."""
+    assert tables.index is not None
+    alike: dict[tuple[type[Part], int, int], list[int]] = defaultdict(list)
+    for tensor, i in enumerate(tables.indices):
+        part, entry = bucket.parts[i], bucket.entries[i]
+        if isinstance(part, ChosenColumns):
+            alike[ChosenColumns, entry.columns, part.index.numel()].append(tensor)
+        elif isinstance(part, ChosenRows):
+            alike[ChosenRows, entry.rows, part.index.numel()].append(tensor)
+    for (kind, size, _), tensors in alike.items():
+        chosen = torch.stack([_chosen(bucket, tables.indices[tensor]) for tensor in tensors])
+        words = _column_words(chosen, size) if kind is ChosenColumns else _row_slots(chosen, size)
+        at = torch.tensor([tables.index_at[tensor] for tensor in tensors], device=words.device)
+        where = at.unsqueeze(1) + torch.arange(words.shape[1], device=words.device)
+        tables.index[where.view(-1)] = words.view(-1)
+
+
+def _chosen(bucket: Bucket, i: int) -> Tensor:
+    part = bucket.parts[i]
+    assert isinstance(part, (ChosenColumns, ChosenRows))
+    return part.index
+
+
+def _column_words(chosen: Tensor, size: int) -> Tensor:
+    """Return int32 (tensors, 2 * words): for every 32 columns a bit mask and the rank before it."""
+    tensors, words = chosen.shape[0], -(-size // 32)
+    flags = torch.zeros(tensors, words * 32, dtype=torch.int64, device=chosen.device)
+    flags.scatter_(1, chosen, 1)
+    flags = flags.view(tensors, words, 32)
+    powers = torch.arange(32, device=chosen.device)
+    masks = flags.bitwise_left_shift(powers).sum(dim=2)
+    masks = torch.where(masks >= 2**31, masks - 2**32, masks)
+    counts = flags.sum(dim=2)
+    ranks = counts.cumsum(dim=1) - counts
+    return torch.stack([masks, ranks], dim=2).view(tensors, 2 * words).to(torch.int32)
+
+
+def _row_slots(chosen: Tensor, size: int) -> Tensor:
+    """Return int32 (tensors, rows): the slot of every row, -1 for rows without state."""
+    slots = torch.full((chosen.shape[0], size), -1, dtype=torch.int32, device=chosen.device)
+    numbers = torch.arange(chosen.shape[1], dtype=torch.int32, device=chosen.device)
+    return slots.scatter_(1, chosen, numbers.expand_as(chosen))
+
+
+def corrections(
+    steps: Sequence[int], settings: Settings, full: StateFullRule, lr: float
+) -> tuple[list[float], list[float]]:
+    """Return (step sizes, denominator scales); counters mostly agree, so each is computed once."""
+    beta1, beta2 = settings.betas
+    size = lr * settings.full_scale
+    if full.name != "adamw":
+        return [size] * len(steps), [1.0] * len(steps)
+    table = {t: (size / (1 - beta1**t), (1 - beta2**t) ** -0.5) for t in set(steps)}
+    return [table[t][0] for t in steps], [table[t][1] for t in steps]
+
+
+def numbers_of(settings: Settings, lr: float) -> list[float]:
+    """Return the operator's `numbers`."""
+    beta1, beta2 = settings.betas
+    free = lr * settings.free_scale
+    return [lr * settings.weight_decay, free, 1 - beta1, 1 - beta2, settings.eps]
+
+
+def choices_of(
+    settings: Settings, full: StateFullRule, free: StateFreeRule, call_tag: int
+) -> list[int]:
+    """Return the operator's `choices`."""
+    rounding = Rounding[settings.rounding.upper()]
+    quantized, maximize = settings.quantize is not None, settings.maximize
+    return [full.native_code, free.native_code, rounding, quantized, maximize, call_tag]

@@ -1,0 +1,178 @@
+"""Checks of the native step on a GPU, as plain functions: tests and the benchmark run them."""
+
+from __future__ import annotations
+
+import torch
+
+from memopt.optim import Frugal
+
+SHAPES = [(96, 256), (33, 20), (256, 512), (30,), (4, 3, 5), (70, 300), (3000, 64), (1,), (512, 256)]
+
+
+def make_params(dtype, shapes=SHAPES, seed=0, device="cuda"):
+    generator = torch.Generator(device=device).manual_seed(seed)
+    return [
+        torch.nn.Parameter(torch.randn(s, generator=generator, device=device).to(dtype)) for s in shapes
+    ]
+
+
+def give_grads(params, generator, scale=1.0):
+    for p in params:
+        grad = torch.randn(p.shape, generator=generator, device=p.device) * scale
+        p.grad = grad.to(p.dtype)
+
+
+def against_reference(dtype=torch.float32, steps=8, **settings):
+    """Return the largest |native - reference| / max|w| of one update over three switches."""
+    sides = []
+    for impl in ("native", "reference"):
+        params = make_params(dtype)
+        sides.append((params, Frugal(params, lr=1e-2, weight_decay=0.1, update_gap=3, density=0.3,
+                                     impl=impl, **settings)))  # fmt: skip
+    generator = torch.Generator(device="cuda").manual_seed(5)
+    worst, different, total = 0.0, 0, 0
+    for _ in range(steps):
+        give_grads(sides[0][0], generator)
+        for a, b in zip(sides[0][0], sides[1][0], strict=True):
+            b.grad = a.grad.clone()
+            b.data.copy_(a.data)
+        for _, optimizer in sides:
+            optimizer.step()
+        for a, b in zip(sides[0][0], sides[1][0], strict=True):
+            difference = (a.detach().double() - b.detach().double()).abs()
+            worst = max(worst, float(difference.max() / b.detach().abs().max()))
+            different += int((difference > 0).sum())
+            total += a.numel()
+    return worst, different / total
+
+
+def _exact_adamw(w, g, m, v, step, lr, wd, betas, eps):
+    w, g, m, v = (x.double() for x in (w, g, m, v))
+    m = betas[0] * m + (1 - betas[0]) * g
+    v = betas[1] * v + (1 - betas[1]) * g * g
+    denom = (v / (1 - betas[1] ** step)).sqrt() + eps
+    return w * (1 - lr * wd) - lr * (m / (1 - betas[0] ** step)) / denom
+
+
+def errors_against_float64(dtype, steps=30):
+    """Return (ours, torch fused): summed and largest error of one update against float64."""
+    lr, wd, betas, eps = 1e-3, 0.1, (0.9, 0.999), 1e-8
+    ours = make_params(dtype, [(1024, 1024), (1000, 333)])
+    theirs = make_params(dtype, [(1024, 1024), (1000, 333)])
+    frugal = Frugal([{"params": ours, "split": False}], lr=lr, weight_decay=wd, impl="native")
+    fused = torch.optim.AdamW(theirs, lr=lr, weight_decay=wd, fused=True)
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    sums, largest = [0.0, 0.0], [0.0, 0.0]
+    for step in range(1, steps + 1):
+        give_grads(ours, generator, scale=0.02)
+        exact = []
+        for a, b in zip(ours, theirs, strict=True):
+            b.grad = a.grad.clone()
+            b.data.copy_(a.data)
+            state = frugal.state.get(a, {})
+            m = state["exp_avg"].view_as(a) if state else torch.zeros_like(a)
+            v = state["exp_avg_sq"].view_as(a) if state else torch.zeros_like(a)
+            if state:  # the same moments for both, so that one update is compared
+                fused.state[b]["exp_avg"].copy_(m)
+                fused.state[b]["exp_avg_sq"].copy_(v)
+            exact.append(_exact_adamw(a.detach(), a.grad, m, v, step, lr, wd, betas, eps))
+        frugal.step()
+        fused.step()
+        for number, params in enumerate((ours, theirs)):
+            for p, truth in zip(params, exact, strict=True):
+                error = (p.detach().double() - truth).abs()
+                sums[number] += float(error.sum())
+                largest[number] = max(largest[number], float(error.max()))
+    return (sums[0], largest[0]), (sums[1], largest[1])
+
+
+def replayed_equals_eager(selection="blocks", steps=9, **settings):
+    """Whether a captured step, replayed over three switches and a schedule, gives the eager bits."""
+    sides = []
+    for capturable in (False, True):
+        params = make_params(torch.float32)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer = Frugal(params, lr=1e-2, selection=selection, update_gap=3, density=0.3,
+                           weight_decay=0.1, capturable=capturable, impl="native", **settings)  # fmt: skip
+        sides.append((params, optimizer))
+    generator = torch.Generator(device="cuda").manual_seed(3)
+    graph = None
+    for step in range(steps):
+        grads = [torch.randn(p.shape, generator=generator, device="cuda") for p in sides[0][0]]
+        for params, optimizer in sides:
+            optimizer.param_groups[0]["lr"] = 1e-2 * (1 - 0.05 * step)
+            for p, grad in zip(params, grads, strict=True):
+                p.grad.copy_(grad)
+        sides[0][1].step()
+        params, optimizer = sides[1]
+        if step == 0:
+            optimizer.step()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        else:
+            optimizer.begin_step()
+            graph.replay()
+        torch.cuda.synchronize()
+    return max(
+        float((a.detach() - b.detach()).abs().max())
+        for a, b in zip(sides[0][0], sides[1][0], strict=True)
+    )
+
+
+def memory_of_steps(dtype=torch.bfloat16, **settings):
+    """Return (state bytes, bytes allocated by later steps, peak over weights + gradients + state)."""
+    params = make_params(dtype, [(4096, 4096)] * 6)
+    optimizer = Frugal(params, update_gap=2, impl="native", **settings)
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    give_grads(params, generator)
+    optimizer.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(5):
+        optimizer.step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    return optimizer.state_bytes(), torch.cuda.memory_allocated() - before, peak
+
+
+def run_all():
+    """Run every check; return {name: result} and a list of failures."""
+    results, failures = {}, []
+
+    def record(name, value, passed):
+        results[name] = value
+        if not passed:
+            failures.append(name)
+
+    for selection in ("blocks", "columns", "rows", "coordinates", "randperm"):
+        for full, free in (("adamw", "sign"), ("lion", "sgd"), ("sgdm", "none")):
+            for on_switch in ("reset", "project"):
+                worst, _ = against_reference(
+                    selection=selection, state_full=full, state_free=free, on_switch=on_switch
+                )
+                record(f"{selection}/{full}/{free}/{on_switch}", worst, worst <= 1e-6)
+        for rounding in ("stochastic", "kahan"):
+            worst, share = against_reference(torch.bfloat16, selection=selection, rounding=rounding)
+            record(f"{selection}/bf16/{rounding}", [worst, share], worst <= 2**-7 and share < 0.01)
+    for rounding in ("nearest", "stochastic"):
+        worst, _ = against_reference(quantize="8bit", rounding=rounding)
+        record(f"blocks/8bit/{rounding}", worst, worst <= 5e-3)
+    worst, _ = against_reference(torch.float16, rounding="kahan")
+    record("blocks/fp16/kahan", worst, worst <= 2**-9)
+    worst, _ = against_reference(maximize=True)
+    record("blocks/maximize", worst, worst <= 1e-6)
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, fused = errors_against_float64(dtype)
+        fine = ours[0] <= fused[0] * 1.001 and ours[1] <= fused[1] * 1.001
+        record(f"error against float64, {dtype}: ours, torch fused", [ours, fused], fine)
+    for selection in ("blocks", "columns", "rows", "coordinates"):
+        worst = replayed_equals_eager(selection)
+        record(f"cuda graph/{selection}", worst, worst <= 1e-6)
+    state, grown, peak = memory_of_steps()
+    budget = 6 * 4096 * 4096 * 2
+    record("memory/blocks", [state, grown, peak], grown <= 0 and peak <= 0.01 * (2 * budget + state))
+    return results, failures
