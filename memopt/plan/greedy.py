@@ -29,8 +29,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from memopt.plan.cost import Choice, StepModel
+from memopt.plan.engine_facts import MIN_MOVE_BYTES
 from memopt.plan.simulate import Settings
-from memopt.plan.smallest import MIN_MOVE_BYTES, Candidate, Limits, evaluate
+from memopt.plan.smallest import Candidate, Limits, evaluate
 from memopt.types.plan import Placement
 
 HIDDEN_S = 1e-9  # waits below this are rounding

@@ -28,6 +28,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from memopt.plan import engine_facts
 from memopt.plan.cost import (
     Choice,
     RegionLoad,
@@ -170,12 +171,15 @@ class _Run:
         largest = max((item.nbytes for load in loads for item in load.out), default=0)
         self.most_on_way = max(settings.window_bytes, largest)
         self.arrived = [0.0] * len(loads)
+        self.drained = False
 
     def note(self, transient: int, fetched: int = 0) -> None:
         """Record the phase that ends now."""
         out = min(self.queues.sent_bytes, self.most_on_way)
         if self.queues.on_cpu:
             out = fetched = 0
+        elif self.drained:
+            out = 0
         self.terms.append((self.standing, self.gradients, transient, out, fetched))
 
     def forward(self) -> None:
@@ -214,6 +218,8 @@ class _Run:
         for k in range(len(loads) - 1, -1, -1):
             load, region = loads[k], model.models[k]
             if not load.plain:
+                if not self.drained and engine_facts.DRAINS_BEFORE_BACKWARD:
+                    self.drain()
                 ready = asked_ready
                 for nbytes, from_ssd in load.back[asked:]:
                     ready = queues.fetch(nbytes, from_ssd, self.arrived[k])
@@ -227,6 +233,12 @@ class _Run:
             self.note(load.backward_bytes + self.grad_of_output(k), asked_bytes)
             self.standing -= load.kept_bytes
             self.gradients += model.grad_bytes[k]
+
+    def drain(self) -> None:
+        """Compute waits for every copy out, and their sources go."""
+        self.drained = True
+        if self.queues.pending and not self.queues.on_cpu:
+            self.queues.wait_until(self.queues.d2h_free)
 
     def grad_of_output(self, k: int) -> int:
         """Return the bytes of the gradient that enters region k's backward."""

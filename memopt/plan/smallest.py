@@ -23,6 +23,7 @@ from memopt.plan.cost import (
     slack_of,
     usable_bytes,
 )
+from memopt.plan.engine_facts import MIN_MOVE_BYTES
 from memopt.plan.simulate import TERMS, Settings, Timeline, loads_of, simulate
 from memopt.types.errors import BudgetError
 from memopt.types.hardware import Hardware
@@ -32,9 +33,6 @@ from memopt.types.trace import StepTrace
 
 MIB = 1 << 20
 UNBOUNDED = 1 << 62
-MIN_MOVE_BYTES = (
-    1 << 16
-)  # smaller tensors stay on the device: a transfer costs more than they weigh
 
 
 @dataclass(frozen=True)

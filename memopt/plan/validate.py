@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from statistics import median
 
+from memopt.plan import engine_facts
 from memopt.types.hardware import Hardware
 from memopt.types.plan import Plan, RegionPlan
 from memopt.types.trace import RegionTrace, StepTrace
@@ -97,6 +98,7 @@ class Replay:
     leaving: list[tuple[float, int]] = field(default_factory=list)
     came: dict[int, float] = field(default_factory=dict)
     ready_early: dict[int, float] = field(default_factory=dict)
+    drained_at: int | None = None
     host_bytes: int = 0
     ssd_bytes: int = 0
     now: float = 0.0
@@ -251,6 +253,10 @@ class Replay:
         """The recompute of region k, with its fetches and those for the region below."""
         n = len(self.trace.regions)
         moved = self.moved(region, entry)
+        if engine_facts.DRAINS_BEFORE_BACKWARD and self.drained_at is None:
+            self.drained_at = 2 * n - k
+            if self.trace.device != "cpu":
+                self.now = max(self.now, self.link_out)
         above = [j for j in range(k + 1, n) if not self.entry(self.trace.regions[j]).plain]
         early = self.early(moved) if above else 0
         ready = self.ready_early.get(k, 0.0) if above else 0.0
@@ -356,6 +362,8 @@ class Replay:
         """Return the bytes of copies out that the program may not have let go of in a phase."""
         if self.trace.device == "cpu":
             return 0  # they are in staging buffers
+        if self.drained_at is not None and phase >= self.drained_at:
+            return 0
         sent = 0
         for k, region in enumerate(self.trace.regions):
             if k <= phase:

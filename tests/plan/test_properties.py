@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 from traces import CPU, CUDA, MIB, steps
 
-from memopt.plan import check, predict, predict_plain, smallest_budget, solve_greedy, uniform_plan
+from memopt.plan import (
+    check,
+    engine_facts,
+    predict,
+    predict_plain,
+    smallest_budget,
+    solve_greedy,
+    uniform_plan,
+)
 from memopt.plan.cost import slack_of, usable_bytes
 from memopt.types.errors import BudgetError
 from memopt.types.plan import OpPlacement, Plan, RegionPlan
@@ -70,10 +79,15 @@ def steps_with_plans(draw):
     )
 
 
-@given(steps_with_plans())
+@given(steps_with_plans(), st.booleans())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_prediction_and_validator_agree_on_any_plan(case):
+def test_prediction_and_validator_agree_on_any_plan(case, drains):
     trace, plan = case
+    with patch.object(engine_facts, "DRAINS_BEFORE_BACKWARD", drains):
+        agree(trace, plan)
+
+
+def agree(trace, plan):
     predicted = predict(trace, plan, rates(trace))
     exact = {
         "device_bytes": predicted.device_bytes,
