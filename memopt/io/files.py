@@ -45,7 +45,8 @@ class IoFile:
     """An open file. ``direct_fd`` is -1 where direct I/O does not work, and ``direct_reason`` then says why.
 
     ``unit_bytes`` is the size at whose multiples transfers are cut into direct and buffered parts: the page size or
-    the direct alignment, whichever is larger, so that no page is ever written both ways at once.
+    the direct alignment, whichever is larger, so that no page is ever written both ways at once. ``is_long_lived``
+    files are worth registering with the kernel.
     """
 
     path: str
@@ -54,6 +55,7 @@ class IoFile:
     mem_align_bytes: int = 1
     unit_bytes: int = _DEFAULT_ALIGN
     direct_reason: str = ""
+    is_long_lived: bool = True
     closed: bool = field(default=False, init=False)
 
     @property

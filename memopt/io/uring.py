@@ -197,6 +197,8 @@ class UringEngine(Engine):
 
     def _slots_of(self, file: IoFile) -> tuple[int, int]:
         """Return the registered files of ``file``; the table is full after 128 files, the rest goes by descriptor."""
+        if not file.is_long_lived:
+            return -1, -1
         slots = self._slots.get(file)
         if slots is None:
             slots = self._slots[file] = (

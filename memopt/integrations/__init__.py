@@ -1,0 +1,1 @@
+"""memopt inside other training frameworks: one file each, imported only when named."""

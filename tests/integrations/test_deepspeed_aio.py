@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from memopt.integrations.deepspeed_aio import LockedTensors, TensorAioHandle, op_modules
+from memopt.memory.pinned import HostPoolFull
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def locked():
+    locked = LockedTensors(8 * MIB, register=False)
+    yield locked
+    locked.close()
+
+
+@pytest.fixture
+def handle(locked):
+    handle = TensorAioHandle(1 << 20, 8, False, True, 1, locked=locked)
+    yield handle
+    handle.close()
+
+
+def test_locked_tensors(handle, locked):
+    tensor = handle.new_cpu_locked_tensor(1000, torch.empty(0, dtype=torch.bfloat16))
+    assert (tensor.shape, tensor.dtype, tensor.data_ptr() % 4096) == ((1000,), torch.bfloat16, 0)
+    tensor.fill_(3)
+    assert handle.is_pinned(tensor)
+    assert handle.is_pinned(tensor.narrow(0, 10, 20))
+    assert not handle.is_pinned(torch.empty(1000))
+    assert not handle.is_pinned(torch.empty(4, device="meta"))
+    whole = torch.frombuffer((locked._buffers[tensor.data_ptr()]).memoryview, dtype=torch.uint8)
+    assert whole.numel() == 2000  # exact
+    assert handle.free_cpu_locked_tensor(tensor) is True
+    assert handle.free_cpu_locked_tensor(tensor) is False
+    assert not handle.is_pinned(tensor)
+    with pytest.raises(HostPoolFull):
+        handle.new_cpu_locked_tensor(9 * MIB, torch.empty(0, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("numel", [1, 333, 4096, 300_001])
+def test_round_trip_of_tensors(handle, tmp_path, dtype, numel):
+    source = (torch.rand(numel) * 200).to(dtype)
+    path = str(tmp_path / "tensor.swp")
+    assert handle.async_pwrite(source, path, 0) == 0
+    assert handle.wait() == 1
+    target = handle.new_cpu_locked_tensor(numel, source)
+    assert handle.async_pread(target, path, 0) == 0
+    assert handle.wait() == 1
+    assert torch.equal(source, target)
+
+
+def test_a_dropped_tensor_is_written_whole(handle, tmp_path):
+    expected = torch.arange(MIB, dtype=torch.int32)
+    handle.async_pwrite(expected.clone(), str(tmp_path / "x"))
+    for _ in range(10):
+        torch.full((MIB,), -1, dtype=torch.int32)  # would land in the freed memory
+    assert handle.wait() == 1
+    assert torch.equal(torch.from_file(str(tmp_path / "x"), size=MIB, dtype=torch.int32), expected)
+
+
+def test_what_cannot_be_is_refused(handle, tmp_path):
+    with pytest.raises(ValueError, match="not contiguous"):
+        handle.async_pwrite(torch.zeros(4, 4).t()[:, :2], str(tmp_path / "x"))
+    with pytest.raises(ValueError, match="on meta"):
+        handle.async_pwrite(torch.zeros(4, device="meta"), str(tmp_path / "x"))
+
+
+def test_modules_offer_what_deepspeed_calls(locked, tmp_path):
+    async_io, pin_memory = op_modules(locked, engine="threads")
+    handle = async_io.aio_handle(
+        block_size=MIB,
+        queue_depth=8,
+        single_submit=False,
+        overlap_events=True,
+        intra_op_parallelism=1,
+    )
+    tensor = handle.new_cpu_locked_tensor(100, torch.empty(0))
+    assert pin_memory.pin_handle().is_pinned(tensor)  # one set of locked tensors for both
+    assert pin_memory.pin_handle().free_cpu_locked_tensor_by_ptr(tensor.data_ptr())
+    for name in ("async_pread", "async_pwrite"):
+        assert list(inspect.signature(getattr(handle, name)).parameters) == [
+            "buffer",
+            "filename",
+            "file_offset",
+        ]
+    handle.close()
+
+
+def test_deepspeeds_own_swap_functions_take_the_handle(handle, tmp_path):
+    utils = pytest.importorskip("deepspeed.runtime.swap_tensor.utils")
+    tensors = [torch.randn(n) for n in (262_144, 300_001)]
+    paths = [str(tmp_path / f"{i}.tensor.swp") for i in range(2)]
+    utils.swap_out_tensors(handle, tensors, paths)
+    assert handle.wait() == 2
+    backs = [handle.new_cpu_locked_tensor(t.numel(), t) for t in tensors]
+    utils.swap_in_tensors(handle, backs, paths)
+    assert handle.wait() == 2
+    assert all(torch.equal(a, b) for a, b in zip(tensors, backs, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_zero_3_trains_on_nvme_through_the_handle(tmp_path):
+    """A ZeRO-3 run with optimizer and parameters on disk gives the losses of the run without offloading."""
+    pytest.importorskip("deepspeed")
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    script = Path(__file__).with_name("_zero3.py")
+    runs = [
+        subprocess.run(
+            [sys.executable, script, str(tmp_path), how],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for how in ("none", "nvme")
+    ]
+    assert [run.returncode for run in runs] == [0, 0], runs[1].stderr[-2000:]
+    losses = [[x for x in run.stdout.splitlines() if x.startswith("losses")] for run in runs]
+    assert losses[0] == losses[1]
+    assert "written" in runs[1].stdout
+    assert int(runs[1].stdout.split("written")[1].split()[0]) > 10 * MIB
