@@ -1,4 +1,4 @@
-// Arithmetic of the FRUGAL step: loading and storing eight numbers, rounding, and the rules.
+// Arithmetic of the FRUGAL step: loading and storing, rounding, and the rules.
 // All arithmetic is float32; the final addition is one rounding: w + (u - decay * w).
 #pragma once
 
@@ -9,7 +9,6 @@
 
 namespace memopt {
 
-constexpr int kVector = 8;  // elements a thread handles at a time
 constexpr uint32_t kMomentTag = 0x5BD1E995u;
 
 __device__ __forceinline__ uint32_t mix32(uint32_t x) {
@@ -53,28 +52,30 @@ __device__ __forceinline__ __nv_bfloat16 from_float_stochastic<__nv_bfloat16>(fl
   return __ushort_as_bfloat16(static_cast<unsigned short>(bits));
 }
 
-// Eight numbers as they lie in memory.
-template <typename T>
-struct alignas(16) Eight {
-  T value[kVector];
+// Neighbouring numbers as they lie in memory; 16 bytes of them is what one instruction moves, and
+// what a warp then moves is contiguous.
+template <typename T, int kCount>
+struct alignas(16) Pack {
+  T value[kCount];
 };
 
 template <typename T>
-__device__ __forceinline__ Eight<T> load8(const T* from) {
-  Eight<T> result;
-  constexpr int kWords = sizeof(Eight<T>) / 16;
+constexpr int kWidth = 16 / sizeof(T);
+
+template <typename T, int kCount = kWidth<T>>
+__device__ __forceinline__ Pack<T, kCount> load_pack(const T* from) {
+  Pack<T, kCount> result;
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) {
+  for (int i = 0; i < static_cast<int>(sizeof(result)) / 16; ++i) {
     reinterpret_cast<uint4*>(&result)[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
   }
   return result;
 }
 
-template <typename T>
-__device__ __forceinline__ void store8(T* to, const Eight<T>& from) {
-  constexpr int kWords = sizeof(Eight<T>) / 16;
+template <typename T, int kCount>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T, kCount>& from) {
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) {
+  for (int i = 0; i < static_cast<int>(sizeof(from)) / 16; ++i) {
     __stcs(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(&from)[i]);
   }
 }

@@ -7,6 +7,7 @@
 namespace memopt {
 
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
+constexpr int kVector = 8;  // elements of a lane
 
 template <typename T>
 struct Chunk;
@@ -106,11 +107,11 @@ __device__ __forceinline__ void step_block(const Chunk<T>& c, const memopt_fruga
   mine = mine < 0 ? 0 : (mine > kVector ? kVector : mine);
   int at = i + lane * kVector;
   bool vector = aligned && mine == kVector;
-  Eight<T> w, g, comp;
+  Pack<T, kVector> w, g, comp;
   if (vector) {
-    w = load8(c.weight + at);
-    g = load8(c.grad + at);
-    if constexpr (kRounding == MEMOPT_KAHAN) comp = load8(c.compensation + at);
+    w = load_pack<T, kVector>(c.weight + at);
+    g = load_pack<T, kVector>(c.grad + at);
+    if constexpr (kRounding == MEMOPT_KAHAN) comp = load_pack<T, kVector>(c.compensation + at);
   } else {
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
@@ -150,8 +151,8 @@ __device__ __forceinline__ void step_block(const Chunk<T>& c, const memopt_fruga
                                 c.element + at + j);
   }
   if (vector) {
-    store8(c.weight + at, w);
-    if constexpr (kRounding == MEMOPT_KAHAN) store8(c.compensation + at, comp);
+    store_pack(c.weight + at, w);
+    if constexpr (kRounding == MEMOPT_KAHAN) store_pack(c.compensation + at, comp);
   } else {
     for (int j = 0; j < mine; ++j) {
       c.weight[at + j] = w.value[j];

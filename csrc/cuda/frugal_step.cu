@@ -1,8 +1,8 @@
 // The FRUGAL step of many tensors in one launch: every gradient and weight is read once, every
 // weight written once, nothing of a tensor's size is allocated.
 //
-// One thread block steps one chunk of a segment. A thread handles eight neighbouring elements at a
-// time (16 bytes of bfloat16), several of them in flight, since nothing here but memory matters.
+// One thread block steps one chunk of a segment. A thread handles 16 bytes of neighbouring elements at
+// a time, several such packs in flight, since nothing here but memory matters.
 // Elements at the ends of a segment, and tensors whose addresses or row lengths do not allow it, go
 // one by one through the same arithmetic. See launchers.h for the tables.
 #include "frugal_math.cuh"
@@ -11,7 +11,9 @@
 namespace memopt {
 
 constexpr int kThreads = 256;
-constexpr int kStride = kThreads * kVector;
+
+template <typename T>
+constexpr int kStride = kThreads * kWidth<T>;
 
 // What one thread block works on: the tensor from the chunk's first element on.
 template <typename T>
@@ -50,17 +52,17 @@ __device__ __forceinline__ void step_one(const Chunk<T>& c, int i, int64_t state
   if (kRounding == MEMOPT_KAHAN) c.compensation[i] = compensation;
 }
 
-// Eight elements at i; those whose bit is set in `bits` have state at `state`, `state` + 1, ...
+// A pack of elements at i; those whose bit is set in `bits` have state at `state`, `state` + 1, ...
 template <typename T, int kRounding>
 __device__ __forceinline__ void step_mixed(const Chunk<T>& c, int i, uint32_t bits,
                                            int64_t state) {
-  Eight<T> w = load8(c.weight + i);
-  const Eight<T> g = load8(c.grad + i);
-  Eight<T> comp;
-  if constexpr (kRounding == MEMOPT_KAHAN) comp = load8(c.compensation + i);
-  float m[kVector], v[kVector];
+  Pack<T, kWidth<T>> w = load_pack(c.weight + i);
+  const Pack<T, kWidth<T>> g = load_pack(c.grad + i);
+  Pack<T, kWidth<T>> comp;
+  if constexpr (kRounding == MEMOPT_KAHAN) comp = load_pack(c.compensation + i);
+  float m[kWidth<T>], v[kWidth<T>];
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) {  // all loads before any use
+  for (int j = 0; j < kWidth<T>; ++j) {  // all loads before any use
     m[j] = v[j] = 0.0f;
     if (bits >> j & 1) {
       int64_t at = state + __popc(bits & ((1u << j) - 1));
@@ -69,7 +71,7 @@ __device__ __forceinline__ void step_mixed(const Chunk<T>& c, int i, uint32_t bi
     }
   }
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) {
+  for (int j = 0; j < kWidth<T>; ++j) {
     float gradient = to_float(g.value[j]);
     if (c.s.maximize) gradient = -gradient;
     float update;
@@ -84,33 +86,33 @@ __device__ __forceinline__ void step_mixed(const Chunk<T>& c, int i, uint32_t bi
     }
     apply_rounded<T, kRounding>(w.value[j], comp.value[j], update, c.s, c.tag, c.element + i + j);
   }
-  store8(c.weight + i, w);
-  if constexpr (kRounding == MEMOPT_KAHAN) store8(c.compensation + i, comp);
+  store_pack(c.weight + i, w);
+  if constexpr (kRounding == MEMOPT_KAHAN) store_pack(c.compensation + i, comp);
 }
 
-// kUnroll times eight elements, all with state (at `state` + distance from i) or all without.
+// kUnroll packs of elements, all with state (at `state` + distance from i) or all without.
 template <typename T, int kRounding, bool kFull, int kUnroll>
 __device__ __forceinline__ void step_run(const Chunk<T>& c, int first, int stop, int64_t state) {
-  Eight<T> w[kUnroll], g[kUnroll], comp[kUnroll], m[kUnroll], v[kUnroll];
+  Pack<T, kWidth<T>> w[kUnroll], g[kUnroll], comp[kUnroll], m[kUnroll], v[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    int i = first + u * kStride;
+    int i = first + u * kStride<T>;
     if (i < stop) {
-      w[u] = load8(c.weight + i);
-      g[u] = load8(c.grad + i);
-      if constexpr (kRounding == MEMOPT_KAHAN) comp[u] = load8(c.compensation + i);
+      w[u] = load_pack(c.weight + i);
+      g[u] = load_pack(c.grad + i);
+      if constexpr (kRounding == MEMOPT_KAHAN) comp[u] = load_pack(c.compensation + i);
       if constexpr (kFull) {
-        m[u] = load8(c.moment[0] + state + i);
-        if (c.has_second) v[u] = load8(c.moment[1] + state + i);
+        m[u] = load_pack(c.moment[0] + state + i);
+        if (c.has_second) v[u] = load_pack(c.moment[1] + state + i);
       }
     }
   }
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    int i = first + u * kStride;
+    int i = first + u * kStride<T>;
     if (i >= stop) continue;
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) {
+    for (int j = 0; j < kWidth<T>; ++j) {
       float gradient = to_float(g[u].value[j]);
       if (c.s.maximize) gradient = -gradient;
       float update;
@@ -127,11 +129,11 @@ __device__ __forceinline__ void step_run(const Chunk<T>& c, int first, int stop,
       apply_rounded<T, kRounding>(w[u].value[j], comp[u].value[j], update, c.s, c.tag,
                                   c.element + i + j);
     }
-    store8(c.weight + i, w[u]);
-    if constexpr (kRounding == MEMOPT_KAHAN) store8(c.compensation + i, comp[u]);
+    store_pack(c.weight + i, w[u]);
+    if constexpr (kRounding == MEMOPT_KAHAN) store_pack(c.compensation + i, comp[u]);
     if constexpr (kFull) {
-      store8(c.moment[0] + state + i, m[u]);
-      if (c.has_second) store8(c.moment[1] + state + i, v[u]);
+      store_pack(c.moment[0] + state + i, m[u]);
+      if (c.has_second) store_pack(c.moment[1] + state + i, v[u]);
     }
   }
 }
@@ -139,14 +141,13 @@ __device__ __forceinline__ void step_run(const Chunk<T>& c, int first, int stop,
 // Elements of one kind in a row; `state` is the arena position of the chunk's first element.
 template <typename T, int kRounding, bool kFull>
 __device__ void run_uniform(const Chunk<T>& c, bool aligned, int64_t state) {
-  // As many bytes in flight with and without moments; float32 vectors are twice as wide.
-  constexpr int kUnroll = (kFull ? 2 : 4) * 2 / sizeof(T) > 0 ? (kFull ? 2 : 4) * 2 / sizeof(T) : 1;
+  constexpr int kUnroll = kFull ? 2 : 4;  // as many bytes in flight with and without moments
   if (kFull) {
     aligned = aligned && aligned16(c.moment[0] + state) &&
               (!c.has_second || aligned16(c.moment[1] + state));
   }
-  int stop = aligned ? c.size / kVector * kVector : 0;
-  for (int first = threadIdx.x * kVector; first < stop; first += kStride * kUnroll) {
+  int stop = aligned ? c.size / kWidth<T> * kWidth<T> : 0;
+  for (int first = threadIdx.x * kWidth<T>; first < stop; first += kStride<T> * kUnroll) {
     step_run<T, kRounding, kFull, kUnroll>(c, first, stop, state);
   }
   for (int i = stop + threadIdx.x; i < c.size; i += kThreads) {
@@ -160,14 +161,14 @@ __device__ void run_columns(const Chunk<T>& c, bool aligned, int64_t state, uint
   uint64_t row0 = c.element / columns;
   uint32_t column0 = static_cast<uint32_t>(c.element - row0 * columns);
   uint32_t width = static_cast<uint32_t>(columns);
-  bool vectors = aligned && columns % kVector == 0;
-  int stop = vectors ? c.size / kVector * kVector : 0;
-  for (int i = threadIdx.x * kVector; i < stop; i += kStride) {
+  bool vectors = aligned && columns % kWidth<T> == 0;
+  int stop = vectors ? c.size / kWidth<T> * kWidth<T> : 0;
+  for (int i = threadIdx.x * kWidth<T>; i < stop; i += kStride<T>) {
     uint32_t offset = column0 + i, row = offset / width, column = offset - row * width;
     int2 word = __ldg(words + column / 32);
     uint32_t shift = column & 31, mask = static_cast<uint32_t>(word.x);
     int64_t at = state + (row0 + row) * chosen + word.y + __popc(mask & ((1u << shift) - 1));
-    step_mixed<T, kRounding>(c, i, mask >> shift & 0xFFu, at);
+    step_mixed<T, kRounding>(c, i, mask >> shift & ((1u << kWidth<T>) - 1), at);
   }
   for (int i = stop + threadIdx.x; i < c.size; i += kThreads) {
     uint32_t offset = column0 + i, row = offset / width, column = offset - row * width;
@@ -183,10 +184,10 @@ __device__ void run_rows(const Chunk<T>& c, bool aligned, int64_t state, uint64_
                          const int32_t* slots) {
   uint64_t row0 = c.element / columns;
   uint64_t column0 = c.element - row0 * columns;
-  bool vectors = aligned && columns % kVector == 0 && aligned16(c.moment[0] + state) &&
+  bool vectors = aligned && columns % kWidth<T> == 0 && aligned16(c.moment[0] + state) &&
                  (!c.has_second || aligned16(c.moment[1] + state));
-  int stop = vectors ? c.size / kVector * kVector : 0;
-  for (int i = threadIdx.x * kVector; i < stop; i += kStride) {
+  int stop = vectors ? c.size / kWidth<T> * kWidth<T> : 0;
+  for (int i = threadIdx.x * kWidth<T>; i < stop; i += kStride<T>) {
     uint64_t row = (column0 + i) / columns, column = column0 + i - row * columns;
     int32_t slot = __ldg(slots + row0 + row);
     int64_t at = state + static_cast<int64_t>(slot) * columns + column - i;
@@ -243,18 +244,18 @@ struct Strata {
 
 template <typename T, int kRounding>
 __device__ void run_strata(const Chunk<T>& c, bool aligned, int64_t state, Strata strata) {
-  int stop = aligned ? c.size / kVector * kVector : 0;
-  for (int i = threadIdx.x * kVector; i < stop; i += kStride) {
+  int stop = aligned ? c.size / kWidth<T> * kWidth<T> : 0;
+  for (int i = threadIdx.x * kWidth<T>; i < stop; i += kStride<T>) {
     uint64_t element = c.element + i;
     uint32_t bits = 0;
     int64_t first = -1;
     for (strata.seek(element);; strata.advance()) {
       uint64_t pick = strata.pick();
-      if (pick >= element && pick < element + kVector) {
+      if (pick >= element && pick < element + kWidth<T>) {
         if (first < 0) first = strata.stratum;
         bits |= 1u << (pick - element);
       }
-      if (strata.next >= element + kVector || strata.next >= strata.size) break;
+      if (strata.next >= element + kWidth<T> || strata.next >= strata.size) break;
     }
     step_mixed<T, kRounding>(c, i, bits, state + first);
   }
