@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -156,15 +157,22 @@ def machine() -> dict[str, Any]:
         "cpu": cpu_model(),
         "num_cpus": len(os.sched_getaffinity(0)),
         "host_limit_bytes": host_limit_bytes(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
     }
+
+
+def command(argv: Sequence[str]) -> str:
+    """Return the command as a reader may repeat it: of absolute paths, which are this machine's, the last part."""
+    return shlex.join(
+        ["python", *(Path(word).name if Path(word).is_absolute() else word for word in argv)]
+    )
 
 
 def provenance(packages: Iterable[str]) -> dict[str, Any]:
     """Return what made a result: time, command, commit, versions, machine."""
     return {
         "started_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(["python", str(Path(sys.argv[0]).name), *sys.argv[1:]]),
+        "command": command(sys.argv),
         "commit": commit(),
         "versions": versions(packages),
         "machine": machine(),

@@ -37,7 +37,9 @@ DENSITY = 0.25
 IMPL = "native" if torch.cuda.is_available() else "foreach"
 
 
-def llama_shapes(layers: int = 16, hidden: int = 2048, ffn: int = 8192, vocab: int = 128256) -> dict[str, tuple[int, ...]]:
+def llama_shapes(
+    layers: int = 16, hidden: int = 2048, ffn: int = 8192, vocab: int = 128256
+) -> dict[str, tuple[int, ...]]:
     """Return Llama-3.2-1B's parameters (embedding and head are tied)."""
     kv = hidden // 4
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
@@ -53,7 +55,9 @@ def llama_shapes(layers: int = 16, hidden: int = 2048, ffn: int = 8192, vocab: i
     return shapes | {"model.norm.weight": (hidden,)}
 
 
-def named_parameters(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: str) -> dict[str, torch.nn.Parameter]:
+def named_parameters(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: str
+) -> dict[str, torch.nn.Parameter]:
     """Make parameters with gradients."""
     made = {}
     for name, shape in shapes.items():
@@ -165,7 +169,11 @@ def run_case(
     state = state_bytes_of(optimizer)
     numbers = sum(p.numel() for p in params.values())
     resident = numbers * dtype.itemsize * 2 + state
-    result |= {"first_ms": first_ms, "state_bytes": state, "state_bytes_per_parameter": state / numbers}
+    result |= {
+        "first_ms": first_ms,
+        "state_bytes": state,
+        "state_bytes_per_parameter": state / numbers,
+    }
     if timer.cuda:
         peak = torch.cuda.max_memory_allocated()
         result |= {"peak_over_bytes": peak - resident, "peak_over_share": peak / resident - 1}
@@ -176,11 +184,15 @@ def run_case(
 def frugal_cases() -> dict[str, Callable[[dict[str, torch.nn.Parameter]], torch.optim.Optimizer]]:
     """The configurations of FRUGAL that are measured."""
 
-    def all_split(**settings: Any) -> Callable[[dict[str, torch.nn.Parameter]], torch.optim.Optimizer]:
+    def all_split(
+        **settings: Any,
+    ) -> Callable[[dict[str, torch.nn.Parameter]], torch.optim.Optimizer]:
         settings = {"density": DENSITY, "update_gap": 10**6, "impl": IMPL, **settings}
         return lambda params: Frugal(list(params.items()), lr=1e-4, **settings)
 
-    def grouped(**settings: Any) -> Callable[[dict[str, torch.nn.Parameter]], torch.optim.Optimizer]:
+    def grouped(
+        **settings: Any,
+    ) -> Callable[[dict[str, torch.nn.Parameter]], torch.optim.Optimizer]:
         settings = {"density": DENSITY, "update_gap": 10**6, "impl": IMPL, **settings}
         return lambda params: Frugal(groups_of(params), lr=1e-4, **settings)
 
@@ -307,7 +319,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for label, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         times = results["times"].setdefault(label, {})
         for name, make in cases.items():
-            only_low = any(word in name for word in ("stochastic", "kahan", "bitsandbytes", "torchao", "Flash"))
+            only_low = any(
+                word in name for word in ("stochastic", "kahan", "bitsandbytes", "torchao", "Flash")
+            )
             if (label == "fp32" and only_low) or (device == "cpu" and "fused" in name):
                 continue
             if time.perf_counter() - begin > options.limit_s:
@@ -339,14 +353,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     parser.add_argument("--block", type=int, default=10, help="steps between two events")
     parser.add_argument("--blocks", type=int, default=7, help="blocks per median")
-    parser.add_argument("--limit-s", type=float, default=300.0, help="start no case after this time")
+    parser.add_argument(
+        "--limit-s", type=float, default=300.0, help="start no case after this time"
+    )
     parser.add_argument("--tiny", action="store_true", help="small shapes: tries the script itself")
     parser.add_argument("--skip-checks", action="store_true", help="timings only")
     options = parser.parse_args()
     results = run(options)
     save(results, options.out)
     for name, (measured, allowed, holds) in results["claims"].items():
-        sys.stdout.write(f"{'ok  ' if holds else 'FAIL'} {name}: {measured:.4g} (allowed {allowed:.4g})\n")
+        sys.stdout.write(
+            f"{'ok  ' if holds else 'FAIL'} {name}: {measured:.4g} (allowed {allowed:.4g})\n"
+        )
     failed = results.get("failed_checks") or [n for n, c in results["claims"].items() if not c[2]]
     raise SystemExit(1 if failed else 0)
 

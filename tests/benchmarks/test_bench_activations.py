@@ -95,7 +95,7 @@ def test_a_run_says_where_it_comes_from(tmp_path):
     run = run_of(out)
     assert {"torch", "transformers", "python"} <= run["versions"].keys()
     assert run["commit"]
-    assert "--dry" in run["command"]
+    assert run["command"] == "python bench_activations.py --dry --out r.json --rows 128:trl"
     assert run["machine"]["host_limit_bytes"] > 0
     assert dry(out, "--rows", "128:trl", "--append").returncode == 0
     assert len(json.loads(out.read_text())["runs"]) == 2
