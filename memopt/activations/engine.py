@@ -260,14 +260,18 @@ class ActivationEngine:
         self.transfers.poll()
         for stored in frame.waiting():
             stored.prefetch()
-        budget = self.plan.prefetch_bytes
         previous = frame.previous() if frame.previous is not None else None
-        while previous is not None and budget > 0:
-            if not previous.prefetched:
-                previous.prefetched = True
-                budget -= sum(stored.prefetch() for stored in previous.waiting())
-            previous = previous.previous() if previous.previous is not None else None
-            break
+        if previous is not None:
+            self._fetch_ahead(previous)
+
+    def _fetch_ahead(self, frame: Frame) -> None:
+        """Start fetches for the region that backward reaches next, whole tensors, in a window."""
+        left = self.plan.prefetch_bytes
+        for stored in frame.waiting():
+            left -= stored.nbytes
+            if left < 0:
+                return
+            stored.prefetch()
 
     def recompute_ended(self, frame: Frame) -> None:
         """Tell the observer."""

@@ -154,7 +154,7 @@ class Frame:
 
     __slots__ = (
         "__weakref__", "answers", "call_args", "inputs", "landed", "module", "name", "ops",
-        "parameters", "plain", "pre_images", "previous", "prefetched", "rng",
+        "parameters", "plain", "pre_images", "previous", "rng",
     )  # fmt: skip
 
     def __init__(self, name: str, module: torch.nn.Module, plain: Any, rng: RngState) -> None:
@@ -170,7 +170,6 @@ class Frame:
         self.pre_images: list[PreImage] = []
         self.parameters = [(p, p._version) for p in module.parameters()]
         self.previous: Any = None
-        self.prefetched = False
 
     def check_parameters(self) -> None:
         """Raise where a weight is another one, or was written, since the forward."""
