@@ -304,6 +304,8 @@ def _outside_bytes(trace: StepTrace) -> int:
     What the head and the loss save is part of `outside_peak_bytes` and gone before the first recompute. The traced
     step never exceeded `peak_bytes`, so what stood beside its outside peak, or beside a region's backward, is bounded.
     """
+    if trace.outside_standing_bytes is not None:
+        return trace.outside_standing_bytes
     bound = trace.outside_saved_bytes
     if trace.peak_bytes > 0:
         # optimizer state may have come only at the end of the traced step

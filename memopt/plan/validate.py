@@ -327,6 +327,8 @@ class Replay:
             peaks = [trace.outside_peak_bytes, *(r.backward_peak_bytes for r in trace.regions)]
             at_start = trace.resident_bytes - trace.optimizer_bytes
             outside = max(0, min(outside, trace.peak_bytes - at_start - max(peaks)))
+        if trace.outside_standing_bytes is not None:
+            outside = trace.outside_standing_bytes
         self.alive(0, end, outside if self.plan.outside == "device" else 0)
         new = (
             0.0

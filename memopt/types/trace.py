@@ -83,6 +83,9 @@ class StepTrace:
             (0 with one micro-batch and gradients set to None, `grad_bytes` when accumulating).
         resident_bytes: device bytes alive at the first root forward, states included.
         outside_saved_bytes: bytes autograd saved outside regions, parameters excluded.
+        outside_standing_bytes: the part of `outside_saved_bytes` that was saved before the last
+            region's forward ended (the rest is the head's and gone before the first recompute);
+            None where it was not measured.
         outside_peak_bytes: device peak between the last region's forward and the first
             recompute, above the level at the end of the last region's forward.
         optimizer_peak_bytes: device peak during `optimizer.step()`.
@@ -109,6 +112,7 @@ class StepTrace:
     backward_s: float
     optimizer_s: float
     num_micro_batches: int = 1
+    outside_standing_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable dictionary."""

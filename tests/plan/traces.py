@@ -134,6 +134,7 @@ def steps(draw, device="cuda", max_regions=5, max_ops=4):
     times = {
         "forward_s": (trace.forward_s + extra) * micro,
         "backward_s": trace.backward_s * micro,
+        "outside_standing_bytes": draw(st.sampled_from([None, None, 0, outside])),
         "peak_bytes": draw(st.sampled_from([0, trace.resident_bytes + 200 * MIB])),
     }
     return StepTrace(**{**{f: getattr(trace, f) for f in trace.__dataclass_fields__}, **times})
