@@ -64,7 +64,7 @@ class GroupState:
         views = {name: bucket.arena.piece(name, *bucket.slices[i]) for name in bucket.arena.arrays}
         basis = bucket.bases[i]
         if basis is not None:
-            views[BASIS] = basis
+            views[BASIS] = basis.detach()  # an alias: what is shown may be swapped
         return views
 
     def _publish(self) -> None:
