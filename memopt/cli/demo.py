@@ -89,6 +89,8 @@ def run_both(config: DemoConfig, share: float, output: Path, people: Console) ->
     ours = run_worker(ours_config, "memopt", people)
     return {
         "num_parameters": plain["num_parameters"],
+        "versions": plain["versions"],
+        "num_threads": plain["num_threads"],
         "tokens_per_step": config.batch_size * config.sequence_length,
         "share": share,
         "budget_bytes": budget_bytes,
@@ -186,19 +188,22 @@ def _write(result: dict[str, Any], output: Path) -> None:
 
 
 def loss_table(result: dict[str, Any]) -> Table:
-    """Return both loss curves side by side with a bar each."""
+    """Return both loss curves side by side, a bar per step, and whether the bits agree."""
     from rich.table import Table
 
     table = Table(title="loss", title_justify="left")
-    for column in ("step", "plain", "memopt", "same bits"):
-        table.add_column(column, justify="right")
-    table.add_column("plain #, memopt =")
+    table.add_column("step", justify="right")
+    for name in ("plain", "memopt"):
+        table.add_column(name, justify="right")
+        table.add_column("")
+    table.add_column("same bits")
     pairs = zip(result["plain"]["losses"], result["memopt"]["losses"], strict=True)
     highest = max(result["plain"]["losses"])
-    for step, (plain, ours) in enumerate(pairs):
-        bars = "#" * round(24 * plain / highest) + "\n" + "=" * round(24 * ours / highest)
-        same = "yes" if plain.hex() == ours.hex() else "NO"
-        table.add_row(str(step), f"{plain:.7f}", f"{ours:.7f}", same, bars)
+    for step, pair in enumerate(pairs):
+        cells = [
+            cell for loss in pair for cell in (f"{loss:.7f}", "#" * round(16 * loss / highest))
+        ]
+        table.add_row(str(step), *cells, "yes" if pair[0].hex() == pair[1].hex() else "NO")
     return table
 
 
@@ -206,15 +211,16 @@ def memory_table(result: dict[str, Any]) -> Table:
     """Return peaks and times of both runs and what memopt's are of the plain ones."""
     from rich.table import Table
 
-    title = (
-        f"{result['num_parameters'] / 1e6:.1f} M parameters, {result['tokens_per_step']:,} tokens a step; "
-        f"device budget {format_bytes(result['budget_bytes'])} = {result['share']:.0%} of plain"
-    )
+    plain, ours = result["plain"], result["memopt"]
+    millions = result["num_parameters"] / 1e6
+    title = f"{millions:.1f} M parameters, {result['tokens_per_step']:,} tokens a step"
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for column in ("plain", "memopt", "memopt / plain"):
         table.add_column(column, justify="right")
-    plain, ours = result["plain"], result["memopt"]
+    table.add_row(
+        "device budget", "-", format_bytes(result["budget_bytes"]), f"{result['share']:.2f}"
+    )
     for label, key in (
         ("accounted peak", "accounted_peak_bytes"),
         ("resident peak", "resident_peak_bytes"),
@@ -245,7 +251,10 @@ def _show(result: dict[str, Any], output: Path, people: Console) -> None:
     click.echo(str(RunReport.load(output / "report.json")))
     if result["losses_equal"] and result["weights_equal"]:
         people.print("Every loss and every weight is the same to the last bit.")
-    people.print(f"Memory over time: {output / 'memory.png'}; all figures: {output / 'demo.json'}")
+    people.print(
+        f"Memory over time: {output / 'memory.png'}; all figures: {output / 'demo.json'}",
+        soft_wrap=True,
+    )
 
 
 def _what_failed(result: dict[str, Any]) -> str:

@@ -36,6 +36,6 @@ def draw(runs: Mapping[str, Mapping[str, Any]], budget_bytes: int, path: Path) -
     panels[0].axhline(
         budget_bytes / MIB, color="black", linestyle="--", linewidth=1, label="budget"
     )
-    panels[0].legend(loc="upper right", ncols=3, fontsize=9)
+    panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=9, frameon=False)
     panels[1].set_xlabel("seconds since training began")
     figure.savefig(path, dpi=140)

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -142,7 +143,12 @@ def train(config: DemoConfig, emit: Any) -> None:
         model = build_model(config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        emit("start", num_parameters=num_parameters, versions={"torch": torch.__version__})
+        emit(
+            "start",
+            num_parameters=num_parameters,
+            num_threads=torch.get_num_threads(),
+            versions={name: version(name) for name in ("memopt", "torch", "transformers")},
+        )
         over_time.follow(accounted)
         context: Any = contextlib.nullcontext()
         if config.device_bytes is not None:

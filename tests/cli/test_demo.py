@@ -16,14 +16,14 @@ from memopt.cli.demo_worker import DemoConfig, batches, training_text
 pytest.importorskip("transformers", reason="the demo trains a transformers model")
 pytest.importorskip("matplotlib", reason="the demo draws a picture")
 
-# The demo's own shapes, made small; activations still outweigh parameters, so that 40 % is reachable.
+# The demo's own shapes, made small; activations still outweigh parameters, so that half the peak is reachable.
 SMALL = DemoConfig(
     num_steps=3,
     num_layers=10,
-    hidden_size=48,
-    intermediate_size=128,
+    hidden_size=96,
+    intermediate_size=256,
     num_heads=4,
-    sequence_length=256,
+    sequence_length=512,
 )
 
 
@@ -33,14 +33,14 @@ def quiet() -> Console:
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    return demo_module.run_both(SMALL, 0.4, tmp_path_factory.mktemp("demo"), quiet())
+    return demo_module.run_both(SMALL, 0.5, tmp_path_factory.mktemp("demo"), quiet())
 
 
 def test_the_two_runs_agree_to_the_last_bit_inside_the_budget(result):
     assert result["losses_equal"]
     assert result["weights_equal"]
     assert result["within_budget"]
-    assert result["memopt"]["accounted_peak_bytes"] <= 0.4 * result["plain"]["accounted_peak_bytes"]
+    assert result["memopt"]["accounted_peak_bytes"] <= 0.5 * result["plain"]["accounted_peak_bytes"]
     for name in ("plain", "memopt"):
         assert len(result[name]["losses"]) == SMALL.num_steps
     assert result["plain"]["losses"][-1] < result["plain"]["losses"][0]
@@ -109,7 +109,7 @@ def test_json_is_one_document_on_stdout(result, monkeypatch, tmp_path):
 
 
 def test_a_worker_that_fails_shows_its_own_words():
-    bad = replace(SMALL, hidden_size=50)  # not divisible by the heads
+    bad = replace(SMALL, hidden_size=98)  # not divisible by the heads
     with pytest.raises(
         click.ClickException, match=r"the plain run ended with status 1(.|\n)*multiple"
     ):
