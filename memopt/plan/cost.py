@@ -215,6 +215,8 @@ class StepModel:
         outside_bytes: what autograd saves outside regions before the last region's forward ends.
         output_bytes: output of the last region, alive at the turning point.
         grad_bytes: per region, gradients that its backward creates; `outside_grad_bytes` the rest.
+        staging_bytes: buffers between tensors and SSD, there only if a plan uses them; device bytes where the device
+            is the CPU, host bytes elsewhere.
         outside_s: time between the last region's forward and the first backward.
     """
 
@@ -226,6 +228,7 @@ class StepModel:
     output_bytes: int
     grad_bytes: tuple[int, ...]
     outside_grad_bytes: int
+    staging_bytes: int
     outside_s: float
 
     @property
@@ -246,8 +249,8 @@ def assumed_hardware(device: str) -> Hardware:
     )
 
 
-def build(trace: StepTrace, hardware: Hardware) -> StepModel:
-    """Return the StepModel of `trace` on `hardware`.
+def build(trace: StepTrace, hardware: Hardware, staging_bytes: int = 0) -> StepModel:
+    """Return the StepModel of `trace` on `hardware` with `staging_bytes` of buffers in front of the SSD.
 
     Raises:
         ConfigError: trace and hardware are of different devices, or the trace has no region.
@@ -275,6 +278,7 @@ def build(trace: StepTrace, hardware: Hardware) -> StepModel:
         output_bytes=last.ops[-1].nbytes if last.ops else last.input_nbytes,
         grad_bytes=grads,
         outside_grad_bytes=max(0, int(trace.grad_bytes * share) - sum(grads)),
+        staging_bytes=staging_bytes,
         outside_s=max(0.0, (trace.forward_s + trace.backward_s) / micro - inside_s),
     )
 

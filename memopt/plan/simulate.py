@@ -16,7 +16,7 @@ Device bytes of a phase are the sum of five terms: what stands (states, inputs, 
 running region's transients, what is on its way out, what came back early. They are counted in the order in which
 the program allocates, not in device time: the caching allocator gives memory out as kernels are queued, far ahead of
 the device, so a source is only sure to be free once a full window pushed it out. A full window therefore stays
-counted once that much has left. On CPU staging buffers hold both, and the caller keeps them out of the budget.
+counted once that much has left. On CPU the staging buffers hold both, and count whole as soon as anything uses them.
 
 Differs from schedules that keep two fixed rounding buffers (MEMO, arXiv 2407.12117, section 4.1): the window is in
 bytes, tensors of several regions may be in it, and gradients that do not exist yet leave their bytes to activations.
@@ -172,12 +172,14 @@ class _Run:
         self.most_on_way = max(settings.window_bytes, largest)
         self.arrived = [0.0] * len(loads)
         self.drained = False
+        uses_ssd = settings.outside == "ssd" or any(load.ssd_bytes for load in loads)
+        self.staging_bytes = model.staging_bytes if uses_ssd else 0
 
     def note(self, transient: int, fetched: int = 0) -> None:
         """Record the phase that ends now."""
         out = min(self.queues.sent_bytes, self.most_on_way)
         if self.queues.on_cpu:
-            out = fetched = 0
+            out, fetched = self.staging_bytes, 0
         elif self.drained:
             out = 0
         self.terms.append((self.standing, self.gradients, transient, out, fetched))
@@ -273,6 +275,8 @@ class _Run:
                 ssd += aligned(trace.outside_saved_bytes)
             else:
                 host += aligned(trace.outside_saved_bytes)
+        if not queues.on_cpu:
+            host += self.staging_bytes
         micro = trace.num_micro_batches
         return Timeline(
             step_s=queues.clock * micro + trace.optimizer_s,
@@ -327,13 +331,21 @@ def settings_of(plan: Plan) -> Settings:
     return Settings(plan.window_bytes, plan.prefetch_bytes, plan.outside)
 
 
-def predict(trace: StepTrace, plan: Plan, hardware: Hardware) -> Prediction:
+def predict(
+    trace: StepTrace, plan: Plan, hardware: Hardware, *, staging_bytes: int = 0
+) -> Prediction:
     """Return the peaks in bytes and the seconds of one step of `trace` under `plan`.
+
+    Args:
+        trace: the step.
+        plan: the plan.
+        hardware: the machine's rates.
+        staging_bytes: size of the buffers in front of the SSD.
 
     Raises:
         ConfigError: plan, trace and hardware do not belong together.
     """
-    model = build(trace, hardware)
+    model = build(trace, hardware, staging_bytes)
     return simulate(model, loads_of(model, choices_of(model, plan)), settings_of(plan)).prediction()
 
 

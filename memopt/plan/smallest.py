@@ -167,7 +167,7 @@ def smallest_budget(
         staging_bytes: size of the buffers in front of the SSD; None where nothing bounds them.
         slack: share of the device budget left free; by default what `slack_of` says of the device.
     """
-    model = build(trace, hardware)
+    model = build(trace, hardware, staging_bytes or 0)
     staging = UNBOUNDED if staging_bytes is None else staging_bytes
     found = smallest_candidate(model, Limits(UNBOUNDED, host_bytes, ssd_bytes, staging))
     share = slack_of(trace.device) if slack is None else slack

@@ -64,15 +64,15 @@ def solve_greedy(
         host_bytes: memory for memopt's host buffers; without effect where the device is the CPU.
         ssd_bytes: room for the extent files.
         exact: whole op outputs never change a bit, so both values give the same plan.
-        staging_bytes: size of the buffers between tensors and SSD, for which the caller has already taken room off the
-            budgets; a larger tensor cannot go to SSD. None where nothing bounds them.
+        staging_bytes: size of the buffers between tensors and SSD: part of the device's bytes where the device is the
+            CPU, of the host's elsewhere, once a plan uses SSD; a larger tensor cannot go there. None: no bound known.
         slack: share of `device_bytes` left free; by default what `cost.slack_of` says of the device.
 
     Raises:
         BudgetError: no plan fits; the message names the smallest device budget that would work.
         ConfigError: trace and hardware do not belong together.
     """
-    model = build(trace, hardware)
+    model = build(trace, hardware, staging_bytes or 0)
     share = slack_of(trace.device) if slack is None else slack
     staging = UNBOUNDED if staging_bytes is None else staging_bytes
     limits = Limits(usable_bytes(device_bytes, share), host_bytes, ssd_bytes, staging)

@@ -28,6 +28,7 @@ def check(
     device_bytes: int,
     host_bytes: int,
     ssd_bytes: int,
+    staging_bytes: int = 0,
 ) -> list[str]:
     """Return what is wrong with `plan`; an empty list where nothing is.
 
@@ -38,11 +39,12 @@ def check(
         device_bytes: what the device peak may reach, slack already taken off.
         host_bytes: what the host peak may reach.
         ssd_bytes: what the SSD peak may reach.
+        staging_bytes: size of the buffers in front of the SSD.
     """
     found = illegal_entries(trace, plan)
     if found:
         return found
-    replay = Replay(trace, plan, hardware)
+    replay = Replay(trace, plan, hardware, staging_bytes)
     replay.run()
     limits = {"device": device_bytes, "host": host_bytes, "ssd": ssd_bytes}
     used = {
@@ -94,6 +96,7 @@ class Replay:
     trace: StepTrace
     plan: Plan
     hardware: Hardware
+    staging_bytes: int = 0
     lifetimes: list[tuple[int, int, int]] = field(default_factory=list)
     leaving: list[tuple[float, int]] = field(default_factory=list)
     came: dict[int, float] = field(default_factory=dict)
@@ -348,6 +351,8 @@ class Replay:
                 rooms["ssd" if to_ssd else "host"] += -(-nbytes // PAGE) * PAGE
         if self.plan.outside != "device":
             rooms[self.plan.outside] += -(-self.trace.outside_saved_bytes // PAGE) * PAGE
+        if self.trace.device != "cpu" and self.uses_ssd():
+            rooms["host"] += self.staging_bytes
         self.host_bytes, self.ssd_bytes = rooms["host"], rooms["ssd"]
 
     def device_levels(self) -> list[int]:
@@ -360,10 +365,26 @@ class Replay:
             levels.append(standing + self.on_its_way(phase))
         return [*levels, self.trace.optimizer_peak_bytes]
 
+    def uses_ssd(self) -> bool:
+        """Return whether anything goes to SSD."""
+        inputs = [
+            r.input_nbytes
+            for r in self.trace.regions
+            if self.entry(r).input == "ssd" and not self.entry(r).plain
+        ]
+        ops = [
+            o.nbytes
+            for r in self.plan.regions
+            if not r.plain
+            for o in r.ops
+            if o.placement == "ssd"
+        ]
+        return self.plan.outside == "ssd" or any([*inputs, *ops])
+
     def on_its_way(self, phase: int) -> int:
         """Return the bytes of copies out that the program may not have let go of in a phase."""
         if self.trace.device == "cpu":
-            return 0  # they are in staging buffers
+            return self.staging_bytes if self.uses_ssd() else 0
         if self.drained_at is not None and phase >= self.drained_at:
             return 0
         sent = 0

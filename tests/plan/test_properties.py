@@ -38,15 +38,31 @@ def any_step():
     return st.one_of(steps("cuda"), steps("cpu"))
 
 
+STAGING = 12 * MIB
+
+
 def solve(trace, device_bytes, host, ssd):
     return solve_greedy(
-        trace, rates(trace), device_bytes=device_bytes, host_bytes=host, ssd_bytes=ssd
+        trace,
+        rates(trace),
+        device_bytes=device_bytes,
+        host_bytes=host,
+        ssd_bytes=ssd,
+        staging_bytes=STAGING,
     )
 
 
 def violations(trace, plan, device_bytes, host, ssd):
     usable = usable_bytes(device_bytes, slack_of(trace.device))
-    return check(trace, plan, rates(trace), device_bytes=usable, host_bytes=host, ssd_bytes=ssd)
+    return check(
+        trace,
+        plan,
+        rates(trace),
+        device_bytes=usable,
+        host_bytes=host,
+        ssd_bytes=ssd,
+        staging_bytes=STAGING,
+    )
 
 
 @st.composite
@@ -88,26 +104,39 @@ def test_prediction_and_validator_agree_on_any_plan(case, drains):
 
 
 def agree(trace, plan):
-    predicted = predict(trace, plan, rates(trace))
+    predicted = predict(trace, plan, rates(trace), staging_bytes=STAGING)
     exact = {
         "device_bytes": predicted.device_bytes,
         "host_bytes": predicted.host_bytes,
         "ssd_bytes": predicted.ssd_bytes,
     }
-    assert check(trace, plan, rates(trace), **exact) == []
+    assert check(trace, plan, rates(trace), **exact, staging_bytes=STAGING) == []
     for name, nbytes in exact.items():
         if nbytes:
-            assert len(check(trace, plan, rates(trace), **{**exact, name: nbytes - 1})) == 1
+            assert (
+                len(
+                    check(
+                        trace,
+                        plan,
+                        rates(trace),
+                        **{**exact, name: nbytes - 1},
+                        staging_bytes=STAGING,
+                    )
+                )
+                == 1
+            )
 
 
 @given(any_step(), ROOMS, ROOMS, st.floats(0.0, 1.2))
 @quick
 def test_never_over_budget_and_deterministic(trace, host, ssd, share):
-    least = smallest_budget(trace, rates(trace), host_bytes=host, ssd_bytes=ssd)
+    least = smallest_budget(
+        trace, rates(trace), host_bytes=host, ssd_bytes=ssd, staging_bytes=STAGING
+    )
     budget = int(least + share * max(0, predict_plain(trace) - least))
     plan = solve(trace, budget, host, ssd)
     assert violations(trace, plan, budget, host, ssd) == []
-    assert plan.predicted == predict(trace, plan, rates(trace))
+    assert plan.predicted == predict(trace, plan, rates(trace), staging_bytes=STAGING)
     assert plan == solve(trace, budget, host, ssd)
     assert Plan.from_dict(plan.to_dict()) == plan
 
@@ -115,7 +144,9 @@ def test_never_over_budget_and_deterministic(trace, host, ssd, share):
 @given(any_step(), ROOMS, ROOMS)
 @quick
 def test_smallest_budget_is_tight(trace, host, ssd):
-    least = smallest_budget(trace, rates(trace), host_bytes=host, ssd_bytes=ssd)
+    least = smallest_budget(
+        trace, rates(trace), host_bytes=host, ssd_bytes=ssd, staging_bytes=STAGING
+    )
     solve(trace, least, host, ssd)
     with pytest.raises(BudgetError, match=f"is {least // MIB} MiB"):
         solve(trace, least - MIB, host, ssd)
@@ -149,4 +180,4 @@ def test_forced_plans_are_legal(trace, placement):
     assert (
         check(trace, plan, rates(trace), device_bytes=huge, host_bytes=huge, ssd_bytes=huge) == []
     )
-    assert predict(trace, plan, rates(trace)).step_s > 0
+    assert predict(trace, plan, rates(trace), staging_bytes=STAGING).step_s > 0
