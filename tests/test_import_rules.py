@@ -25,7 +25,12 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "memory": {"types"},
     "io": {"types"},
     "ops": {"types"},
-    "integrations": {""},
+    "integrations": {
+        "",
+        "types",
+        "memory",
+        "io",
+    },  # one may stand in for another library's storage engine alone
     "report": EVERYTHING,
     "cli": EVERYTHING,
     "": EVERYTHING,
