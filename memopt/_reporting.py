@@ -41,7 +41,7 @@ def make_report(
         if planned
         else Footprint(),
         measured=Footprint(
-            device_bytes=steps.peak_bytes,
+            device_bytes=steps.peak_bytes + _staging_bytes(resources),
             host_bytes=resources.transfers.host_bytes()[1] if on_cuda else 0,
             ssd_bytes=resources.transfers.ssd_bytes()[1],
             step_s=median,
@@ -86,7 +86,13 @@ def _placements(trace: StepTrace | None, plan: Plan) -> tuple[PlacementRow, ...]
         chosen = plans.get(region.name)
         plain = chosen is not None and chosen.plain
         where = {} if chosen is None else {o.position: o.placement for o in chosen.ops}
-        rows = [("region input", "device" if plain or chosen is None else chosen.input, region.input_nbytes)]
+        rows = [
+            (
+                "region input",
+                "device" if plain or chosen is None else chosen.input,
+                region.input_nbytes,
+            )
+        ]
         rows += [
             (op.op, "device" if plain else where.get(op.position, "recompute"), op.nbytes)
             for op in region.ops

@@ -11,12 +11,13 @@ from torch.nn import Module
 from memopt.activations.spill import SpillArea
 from memopt.activations.transfers import CpuTransfers, Transfers
 from memopt.io import Engine, ExtentStore, open_engine
+from memopt.memory._slab import PAGE_BYTES
 from memopt.memory.accounting import AccountedMemory
-from memopt.memory.buffers import HostBuffers
 from memopt.memory.host import host_facts, reset_peak_resident, resolve_budget
 from memopt.memory.link import PROBE_BYTES, measure_hardware
 from memopt.memory.malloc import pin_mmap_threshold
 from memopt.memory.meter import CpuMeter, CudaMeter, Meter
+from memopt.memory.pinned import HostPool
 from memopt.states_bytes import expected_grad_bytes, measure_states, optimizer_tensors
 from memopt.types.budget import Budget, ResolvedBudget
 from memopt.types.errors import BudgetError, ConfigError
@@ -47,7 +48,7 @@ class Resources:
         budget: ResolvedBudget,
         meter: Meter,
         transfers: Transfers,
-        host: HostBuffers | None,
+        host: HostPool | None,
         io: tuple[Engine, ExtentStore] | None,
         accounted: AccountedMemory | None,
     ) -> None:
@@ -163,19 +164,19 @@ def open_resources(
 
 def _open_transfers(
     device: torch.device, budget: ResolvedBudget, io: tuple[Engine, ExtentStore] | None
-) -> tuple[Transfers, HostBuffers | None]:
+) -> tuple[Transfers, HostPool | None]:
     spill = None
     host_bytes = budget.host_bytes
     if io is not None:
         base = budget.device_bytes if device.type == "cpu" else host_bytes
         cap = max(_MIN_STAGING_BYTES, min(_MAX_STAGING_BYTES, base // _STAGING_SHARE))
-        spill = SpillArea(io[1], HostBuffers(cap, register=device.type == "cuda"))
+        spill = SpillArea(io[1], HostPool(cap, register=device.type == "cuda"))
         host_bytes = max(0, host_bytes - cap)
     if device.type == "cpu":
         return CpuTransfers(spill, 1 << 30), None
     from memopt.activations.cuda import CudaTransfers
 
-    host = HostBuffers(host_bytes, register=True)
+    host = HostPool(max(host_bytes, PAGE_BYTES), register=True)
     return CudaTransfers(device, host, spill, 1 << 30), host
 
 

@@ -181,7 +181,9 @@ class Session:
 
     # - The loop going by
 
-    def _root_call(self, patch: PatchedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _root_call(
+        self, patch: PatchedForward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         engine, resources = self._engine, self._resources
         assert engine is not None
         assert resources is not None
@@ -238,7 +240,9 @@ class Session:
             engine.fragile = observer.fragile()
             self.trace = self._steps.trace(observer, resources.device.type)
             self._note_unseen(observer)
-            self._next_plan = make_plan(self.trace, self._asked_plan, resources, exact=self.settings.exact)
+            self._next_plan = make_plan(
+                self.trace, self._asked_plan, resources, exact=self.settings.exact
+            )
         self._steps.end_step()
 
     def _note_unseen(self, observer: RegionObserver) -> None:
@@ -293,7 +297,7 @@ class _Optimize(contextlib.ContextDecorator):
         self._sessions.pop().stop()
 
 
-def optimize(
+def optimize(  # noqa: PLR0913 - the settings users know, spelled out for them and their editors
     model: Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
@@ -330,7 +334,7 @@ def optimize(
     return _Optimize(lambda: Session(model, optimizer, settings))
 
 
-def start(
+def start(  # noqa: PLR0913 - as optimize
     model: Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,

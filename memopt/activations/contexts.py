@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from memopt.activations.frame import Frame, InputSlot, RngState, swap_in, swap_out
-from memopt.activations.modes import ForwardMode, RecomputeMode
+from memopt.activations.modes import RecomputeMode
 
 
 class Host(Protocol):

@@ -25,7 +25,7 @@ from memopt.activations.spill import SpillArea
 from memopt.activations.stored import Label, Stored
 from memopt.activations.tensors import flat_elements, nbytes_of, shared_alias
 from memopt.activations.transfers import Moved
-from memopt.memory.buffers import HostBuffer, HostBuffers
+from memopt.memory.pinned import HostBuffer, HostPool
 from memopt.types.errors import SavedOutputChangedError
 from memopt.types.plan import Placement
 
@@ -78,7 +78,7 @@ class CudaTransfers:
     """
 
     def __init__(
-        self, device: torch.device, host: HostBuffers, spill: SpillArea | None, window_bytes: int
+        self, device: torch.device, host: HostPool, spill: SpillArea | None, window_bytes: int
     ) -> None:
         self.device = device
         self.host = host
@@ -100,7 +100,7 @@ class CudaTransfers:
 
             stored: Stored | None = CudaSpillStored.begin(tensor, self, label, clone=clone_first)
         else:
-            buffer = self.host.take(nbytes_of(tensor))
+            buffer = self.host.try_take(nbytes_of(tensor))
             stored = None
             if buffer is not None:
                 source = tensor.clone() if clone_first else shared_alias(tensor)
@@ -116,7 +116,7 @@ class CudaTransfers:
             self._retire(self._outgoing.popleft())
         self.out_stream.wait_event(torch.cuda.current_stream(self.device).record_event())
         with torch.cuda.stream(self.out_stream):
-            host = buffer.tensor(source.dtype, source.numel())
+            host = buffer.tensor(source.dtype, (source.numel(),))
             host.copy_(flat_elements(source), non_blocking=True)
             outgoing = Outgoing(source, self.out_stream.record_event(), label)
         self._outgoing.append(outgoing)
@@ -131,7 +131,7 @@ class CudaTransfers:
         self.in_stream.wait_event(compute.record_event())
         with torch.cuda.stream(self.in_stream):
             flat = flat_elements(tensor)
-            flat.copy_(buffer.tensor(dtype, flat.numel()), non_blocking=True)
+            flat.copy_(buffer.tensor(dtype, (flat.numel(),)), non_blocking=True)
             event = self.in_stream.record_event()
         self.moved.h2d_bytes += nbytes_of(tensor)
         return Landing(tensor, event, compute)
@@ -173,7 +173,8 @@ class CudaTransfers:
 
     def host_bytes(self) -> tuple[int, int]:
         """Mapped now and at most, staging included."""
-        now, peak = self.host.mapped_bytes, self.host.peak_mapped_bytes
+        stats = self.host.stats()
+        now, peak = stats.mapped_bytes, stats.peak_mapped_bytes
         if self.spill is not None:
             staging = self.spill.staging_bytes()
             return now + staging[0], peak + staging[1]
@@ -250,7 +251,7 @@ class HostStored:
         self._transfers.wait_timed(landing.event)
         tensor = landing.take()
         if not keep and self._buffer is not None:
-            self._transfers.host.release(self._buffer, landing.event)
+            self._buffer.release(landing.event)
             self._buffer = None
         return tensor
 
@@ -258,4 +259,4 @@ class HostStored:
         """Give the block back; a copy may still be writing or reading it."""
         if self._buffer is not None:
             event = self._landing.event if self._landing is not None else self._done
-            self._transfers.host.release(self._buffer, event)
+            self._buffer.release(event)

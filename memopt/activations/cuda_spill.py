@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memopt.activations.tensors import flat_elements, nbytes_of, shared_alias
 from memopt.io import ExtentStoreFull
-from memopt.memory.buffers import HostBuffer
+from memopt.memory.pinned import HostBuffer
 
 if TYPE_CHECKING:
     from memopt.activations.cuda import CudaTransfers, Outgoing
@@ -60,7 +60,7 @@ class CudaSpillStored:
             return None
         source = tensor.clone() if clone else shared_alias(tensor)
         outgoing = transfers.copy_out(source, buffer, label)
-        ticket = area.write_after(outgoing.done, extent, buffer, nbytes)
+        ticket = area.write_after(outgoing.done, extent, buffer)
         transfers.moved.ssd_write_bytes += nbytes
         return cls(source, transfers, extent, outgoing, ticket)
 
@@ -112,17 +112,17 @@ class CudaSpillStored:
         try:
             ticket.wait()
         except BaseException:
-            self._area.staging.release(buffer)
+            buffer.release()
             raise
         landing = self._transfers.copy_in(self._shape, self._stride, buffer, self._dtype)
-        self._area.staging.release(buffer, landing.event)
+        buffer.release(landing.event)
         self._transfers.wait_timed(landing.event)
         if not keep:
             self._free()
         return landing.take()
 
     def _start(self, buffer: HostBuffer) -> None:
-        ticket = self._area.store.read(self._extent, buffer.memory(self.nbytes))
+        ticket = self._area.store.read(self._extent, buffer.memoryview)
         self._reading = (ticket, buffer)
         self._transfers.moved.ssd_read_bytes += self.nbytes
 

@@ -139,7 +139,9 @@ class ActivationEngine:
             return patch.plain(*args, **kwargs)
         args, kwargs, had_cache = without_caches(args, kwargs)
         if had_cache:
-            self.notes["key/value caches are switched off inside regions while gradients are on"] = None
+            self.notes[
+                "key/value caches are switched off inside regions while gradients are on"
+            ] = None
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if not self._needs_gradient(patch.module, leaves):
             return patch.plain(*args, **kwargs)
@@ -223,7 +225,9 @@ class ActivationEngine:
         """Start a tensor's way to host or ssd; None when its budget has no room."""
         stored = self.transfers.store(tensor, placement, label, clone_first=clone_first)
         if stored is None:
-            self.notes[f"the {placement} budget was full: some tensors were recomputed or kept"] = None
+            self.notes[f"the {placement} budget was full: some tensors were recomputed or kept"] = (
+                None
+            )
             return None
         self._moving.add(stored)
         return Checked(stored, tensor, label) if self.strict else stored

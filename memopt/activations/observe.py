@@ -25,7 +25,14 @@ from torch.utils.flop_counter import flop_registry
 from memopt.activations.facts import OpFacts, facts_of
 from memopt.activations.frame import Frame, InputSlot
 from memopt.activations.modes import MIN_MOVE_BYTES, ForwardMode
-from memopt.activations.tensors import digest, is_dense, is_plain, nbytes_of, storage_key, tensors_in
+from memopt.activations.tensors import (
+    digest,
+    is_dense,
+    is_plain,
+    nbytes_of,
+    storage_key,
+    tensors_in,
+)
 from memopt.memory.meter import Meter
 from memopt.types.trace import OpTrace, RegionTrace
 
@@ -99,7 +106,7 @@ class ObservedMode(ForwardMode):
             self._hooks.__enter__()
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, *exc: object) -> None:
         """Pop both and settle which storages changed unseen."""
         if self._hooks is not None:
             self._hooks.__exit__(*exc)

@@ -52,7 +52,14 @@ class OutsideHooks:
         if not self._moves(tensor):
             return tensor
         storage = tensor.untyped_storage()
-        key = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+        key = (
+            storage._cdata,
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+            tensor._version,
+        )
         self._count(storage)
         if self._placement == "device":
             return tensor

@@ -117,19 +117,18 @@ def _given(model: Module, spec: Any) -> list[tuple[str, Module]]:
     names = {id(m): n for n, m in named.items()}
     chosen = []
     for item in spec:
-        if isinstance(item, Module):
-            if id(item) not in names:
-                raise ConfigError(f"regions: {type(item).__name__} is not a module of the model")
-            item = names[id(item)]
-        if item not in named:
-            close = [n for n in named if n.endswith(str(item)) or str(item) in n][:3]
+        name = names.get(id(item)) if isinstance(item, Module) else item
+        if name is None:
+            raise ConfigError(f"regions: {type(item).__name__} is not a module of the model")
+        if name not in named:
+            close = [n for n in named if n.endswith(str(name)) or str(name) in n][:3]
             hint = f"; did you mean {', '.join(close)}?" if close else ""
-            raise ConfigError(f"regions: the model has no module {item!r}{hint}")
-        module = named[item]
+            raise ConfigError(f"regions: the model has no module {name!r}{hint}")
+        module = named[name]
         if isinstance(module, (ModuleList, ModuleDict)):
-            chosen.extend((f"{item}.{n}" if item else n, c) for n, c in module.named_children())
+            chosen.extend((f"{name}.{n}" if name else n, c) for n, c in module.named_children())
         else:
-            chosen.append((item, module))
+            chosen.append((name, module))
     return chosen
 
 

@@ -79,7 +79,10 @@ def output_bytes(children: list[Module], example: Tensor) -> list[int]:
         with torch.no_grad(), mode:
             value: Any = mode.from_tensor(example.detach())
             for child in children:
-                state = {n: mode.from_tensor(t.detach()) for n, t in child.state_dict(keep_vars=True).items()}
+                state = {
+                    n: mode.from_tensor(t.detach())
+                    for n, t in child.state_dict(keep_vars=True).items()
+                }
                 value = torch.func.functional_call(child, state, (value,))
                 sizes.append(nbytes_of(value))
     except Exception:  # noqa: BLE001 - any module may fail on fake tensors; equal cuts are exact too

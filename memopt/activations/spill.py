@@ -19,7 +19,7 @@ from torch import Tensor
 from memopt.activations.stored import Label, Stored
 from memopt.activations.tensors import flat_elements, nbytes_of
 from memopt.io import ExtentStore, ExtentStoreFull
-from memopt.memory.buffers import HostBuffer, HostBuffers
+from memopt.memory.pinned import HostBuffer, HostPool
 
 if TYPE_CHECKING:
     from memopt.activations.transfers import Moved
@@ -33,7 +33,7 @@ class SpillArea:
         staging: host buffers; their cap bounds what is on its way to and from the disk.
     """
 
-    def __init__(self, store: ExtentStore, staging: HostBuffers) -> None:
+    def __init__(self, store: ExtentStore, staging: HostPool) -> None:
         self.store = store
         self.staging = staging
         self._writing: deque[_Write] = deque()
@@ -42,25 +42,25 @@ class SpillArea:
     def stage(self, nbytes: int, *, wait: bool = True) -> HostBuffer | None:
         """Return a staging buffer, waiting for the oldest writes while there is none."""
         self.poll()
-        while (buffer := self.staging.take(nbytes)) is None:
+        while (buffer := self.staging.try_take(nbytes)) is None:
             if not wait or not self._writing:
                 return None
             self._retire(self._writing.popleft())
         return buffer
 
-    def begin_write(self, extent: Any, buffer: HostBuffer, nbytes: int) -> Any:
+    def begin_write(self, extent: Any, buffer: HostBuffer) -> Any:
         """Write a staging buffer out; it returns to the pool when the write is over."""
-        ticket = self.store.write(extent, buffer.memory(nbytes))
+        ticket = self.store.write(extent, buffer.memoryview)
         self._writing.append(_Write(ticket, buffer))
         return ticket
 
-    def write_after(self, event: Any, extent: Any, buffer: HostBuffer, nbytes: int) -> Any:
+    def write_after(self, event: Any, extent: Any, buffer: HostBuffer) -> Any:
         """Write a staging buffer out once a CUDA event has passed."""
         self._waiter = self._waiter or ThreadPoolExecutor(1, "memopt-spill")
 
         def chain() -> None:
             event.synchronize()
-            self.store.write(extent, buffer.memory(nbytes)).wait()
+            self.store.write(extent, buffer.memoryview).wait()
 
         ticket = _Chained(self._waiter.submit(chain))
         self._writing.append(_Write(ticket, buffer))
@@ -78,7 +78,7 @@ class SpillArea:
         if not ticket.done():
             with contextlib.suppress(OSError):
                 ticket.wait()
-        self.staging.release(buffer)
+        buffer.release()
 
     def poll(self) -> None:
         """Return the buffers of finished writes; raise the first that failed."""
@@ -92,7 +92,8 @@ class SpillArea:
 
     def staging_bytes(self) -> tuple[int, int]:
         """Mapped now and at most."""
-        return self.staging.mapped_bytes, self.staging.peak_mapped_bytes
+        stats = self.staging.stats()
+        return stats.mapped_bytes, stats.peak_mapped_bytes
 
     def extent_bytes(self) -> tuple[int, int]:
         """In use now and at most."""
@@ -116,7 +117,7 @@ class SpillArea:
         try:
             write.ticket.wait()
         finally:
-            self.staging.release(write.buffer)
+            write.buffer.release()
 
 
 class _Write:
@@ -173,8 +174,8 @@ class SpillStored:
         if buffer is None:
             area.store.free(extent)
             return None
-        buffer.tensor(tensor.dtype, tensor.numel()).copy_(flat_elements(tensor))
-        area.begin_write(extent, buffer, nbytes)
+        buffer.tensor(tensor.dtype, (tensor.numel(),)).copy_(flat_elements(tensor))
+        area.begin_write(extent, buffer)
         moved.ssd_write_bytes += nbytes
         return cls(tensor, area, extent, moved)
 
@@ -210,9 +211,9 @@ class SpillStored:
         try:
             ticket.wait()
             tensor = torch.empty_strided(self._shape, self._stride, dtype=self._dtype)
-            flat_elements(tensor).copy_(buffer.tensor(self._dtype, math.prod(self._shape)))
+            flat_elements(tensor).copy_(buffer.tensor(self._dtype, (math.prod(self._shape),)))
         finally:
-            self._area.staging.release(buffer)
+            buffer.release()
         if not keep:
             self._free()
         return tensor
@@ -228,7 +229,7 @@ class SpillStored:
         return tensor
 
     def _start(self, buffer: HostBuffer) -> None:
-        ticket = self._area.store.read(self._extent, buffer.memory(self.nbytes))
+        ticket = self._area.store.read(self._extent, buffer.memoryview)
         self._reading = (ticket, buffer)
         self._moved.ssd_read_bytes += self.nbytes
 

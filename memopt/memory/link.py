@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from typing import Any
 
 import torch
 
-from memopt.memory.buffers import HostBuffer, HostBuffers
+from memopt.memory.pinned import HostBuffer, HostPool
 from memopt.types.hardware import Hardware
 
 _LINK_BYTES = 64 << 20
@@ -18,7 +19,7 @@ PROBE_BYTES = 32 << 20
 _MEMCPY_BYTES = 8 << 20
 
 
-def measure_hardware(device: torch.device, host: HostBuffers | None, store: Any) -> Hardware:
+def measure_hardware(device: torch.device, host: HostPool | None, store: Any) -> Hardware:
     """Measure the link and the spill directories that a session has.
 
     Args:
@@ -30,14 +31,13 @@ def measure_hardware(device: torch.device, host: HostBuffers | None, store: Any)
     d2h = h2d = 0.0
     source = "measured"
     if device.type == "cuda":
-        buffer = host.take(_LINK_BYTES) if host is not None else None
+        buffer = host.try_take(_LINK_BYTES) if host is not None else None
         if buffer is None:
             d2h = h2d = 20e9
             source = "assumed 20 GB/s: the host budget leaves no room to measure the link"
         else:
-            assert host is not None
             d2h, h2d = _link_rates(device, buffer)
-            host.release(buffer)
+            buffer.release()
     else:
         d2h = h2d = _memcpy_rate()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -54,7 +54,7 @@ def measure_hardware(device: torch.device, host: HostBuffers | None, store: Any)
 
 def _link_rates(device: torch.device, buffer: HostBuffer) -> tuple[float, float]:
     on_device = torch.empty(_LINK_BYTES, dtype=torch.uint8, device=device)
-    on_host = buffer.tensor(torch.uint8, _LINK_BYTES)
+    on_host = buffer.tensor(torch.uint8, (_LINK_BYTES,))
 
     def rate(target: torch.Tensor, source: torch.Tensor) -> float:
         seconds = []
@@ -82,18 +82,17 @@ def _memcpy_rate() -> float:
 
 
 def _disk_rates(store: Any) -> tuple[float, float]:
-    buffer = HostBuffer(PROBE_BYTES)
-    buffer.fault_in()
-    buffer.bytes_tensor.random_(0, 255, generator=torch.Generator().manual_seed(0))
-    memory = buffer.memory(PROBE_BYTES)
-    extent = store.alloc(PROBE_BYTES)
-    try:
-        begin = time.perf_counter()
-        store.write(extent, memory).wait()
-        middle = time.perf_counter()
-        store.read(extent, memory).wait()
-        end = time.perf_counter()
-    finally:
-        store.free(extent)
-        memory.release()
+    with HostPool(PROBE_BYTES, register=False) as pool:
+        buffer = pool.take(PROBE_BYTES)
+        buffer.memoryview[:] = os.urandom(PROBE_BYTES)
+        extent = store.alloc(PROBE_BYTES)
+        try:
+            begin = time.perf_counter()
+            store.write(extent, buffer.memoryview).wait()
+            middle = time.perf_counter()
+            store.read(extent, buffer.memoryview).wait()
+            end = time.perf_counter()
+        finally:
+            store.free(extent)
+            buffer.release()
     return PROBE_BYTES / (middle - begin), PROBE_BYTES / (end - middle)
