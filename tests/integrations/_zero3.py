@@ -45,6 +45,7 @@ model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(3)])
 config = {
     "train_micro_batch_size_per_gpu": 4,
     "zero_optimization": zero,
+    "bf16": {"enabled": True},  # DeepSpeed's parameter swapper knows half precision only
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
     "aio": {"block_size": 1 << 20, "queue_depth": 8, "intra_op_parallelism": 1},
@@ -54,8 +55,8 @@ engine, *_ = deepspeed.initialize(
 )
 losses = []
 for step in range(3):
-    x = torch.randn(4, 1024, generator=torch.Generator().manual_seed(step))
-    loss = engine(x).pow(2).mean()
+    x = torch.randn(4, 1024, generator=torch.Generator().manual_seed(step)).bfloat16()
+    loss = engine(x).float().pow(2).mean()
     engine.backward(loss)
     engine.step()
     losses.append(loss.item().hex())
