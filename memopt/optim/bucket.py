@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -93,6 +93,7 @@ class Bucket:
         self.basis_rounds = [_NO_BASIS] * len(self.entries)
         self.generation = 0  # counts changes of the layout, for caches built from it
         self.number = 0  # position among the group's buckets
+        self.shown: list[dict[str, Any]] = [{} for _ in self.entries]  # their `optimizer.state`
         # Caches of the kernel's launches (memopt/optim/execute.py); they follow `generation`.
         self.refusals: dict[tuple[object, ...], str] = {}
         self.tables: dict[tuple[int, ...], Tables] = {}

@@ -28,17 +28,13 @@ def is_capturing() -> bool:
 def update_params(state: GroupState, params: Sequence[Tensor], impl: str) -> None:
     """Update some parameters of a group whose call is open."""
     settings = state.settings()
+    rules = state_full_rule(settings.state_full), state_free_rule(settings.state_free)
     capturing = is_capturing()
-    by_bucket: dict[int, list[int]] = {}
-    for param in params:
-        bucket, i = state.home[param]
-        by_bucket.setdefault(bucket.number, []).append(i)
+    for bucket, indices in state.by_bucket(params):
         if not capturing:  # the host's counters are those of `begin_step` then
-            state.state[param][STEP] += 1
-    for number, indices in by_bucket.items():
-        bucket = state.buckets[number]
+            for i in indices:
+                bucket.shown[i][STEP] += 1
         state.choose_bases(bucket, indices, settings)
-        rules = state_full_rule(settings.state_full), state_free_rule(settings.state_free)
         reason = why_not_native(bucket, settings, rules) if impl in ("auto", "native") else impl
         if reason and (impl == "native" or settings.capturable):
             raise NativeUnavailable(
@@ -92,7 +88,7 @@ def _make_job(state: GroupState, bucket: Bucket, i: int) -> Job:
     entry, part = bucket.entries[i], bucket.parts[i]
     assert part is not None
     assert entry.param.grad is not None
-    shown = state.state[entry.param]
+    shown = bucket.shown[i]
     return Job(
         entry=entry, part=part, offset=bucket.offsets[i], weight=local_part(entry.param),
         grad=local_part(entry.param.grad).contiguous(), step=shown[STEP],
@@ -110,8 +106,8 @@ def _update_natively(
 ) -> None:
     op.register()
     weights = [local_part(bucket.entries[i].param) for i in indices]
-    strided = [i for i, w in zip(indices, weights, strict=True) if not w.is_contiguous()]
-    if strided:
+    if not all(weight.is_contiguous() for weight in weights):
+        strided = [i for i, w in zip(indices, weights, strict=True) if not w.is_contiguous()]
         if is_capturing():
             raise ValueError("capturable=True needs contiguous parameters")
         _update_in_torch(state, bucket, strided, rules, settings, "foreach")
@@ -119,9 +115,8 @@ def _update_natively(
         weights = [w for w in weights if w.is_contiguous()]
     if not indices:
         return
-    params = [bucket.entries[i].param for i in indices]
-    grads = [_matching_grad(param) for param in params]
-    shown = [state.state[param] for param in params]
+    grads = [_matching_grad(bucket.entries[i].param, bucket.dtype) for i in indices]
+    shown = [bucket.shown[i] for i in indices]
     tables = tables_for(bucket, indices, settings)
     lr = 0.0 if settings.capturable else float(settings.lr)
     steps = [max(1, values[STEP]) for values in shown]
@@ -137,10 +132,12 @@ def _update_natively(
     )  # fmt: skip
 
 
-def _matching_grad(param: Tensor) -> Tensor:
-    weight, grad = local_part(param), param.grad
-    assert grad is not None
-    return local_part(grad).to(weight.dtype).contiguous()
+def _matching_grad(param: Tensor, dtype: torch.dtype) -> Tensor:
+    assert param.grad is not None
+    grad = local_part(param.grad)
+    if grad.dtype == dtype and grad.is_contiguous():
+        return grad
+    return grad.to(dtype).contiguous()
 
 
 def tables_for(bucket: Bucket, indices: Sequence[int], settings: Settings) -> native.Tables:
@@ -169,7 +166,7 @@ def set_clock(
     state: GroupState, bucket: Bucket, indices: Sequence[int], clock: DeviceClock, updates_done: int
 ) -> None:
     """Write the host's counters to the device, for a step that `updates_done` (0, -1) counted."""
-    steps = [state.state[bucket.entries[i].param][STEP] + updates_done for i in indices]
+    steps = [bucket.shown[i][STEP] + updates_done for i in indices]
     clock.set(state.group["lr"], steps, state.group["calls"])
 
 
@@ -185,6 +182,6 @@ def begin_replay(state: GroupState) -> None:
                 continue
             set_clock(state, bucket, indices, clock, updates_done=0)
             for i in indices:
-                state.state[bucket.entries[i].param][STEP] += 1
+                bucket.shown[i][STEP] += 1
     assert settings.capturable
     state.end_call()

@@ -136,11 +136,11 @@ class Frugal(Optimizer):
         names = given or [f"{index}.{i}" for i in range(len(group["params"]))]
         return dict(zip(group["params"], names, strict=True))
 
-    def _group_state(self, index: int, present: Iterable[Tensor]) -> GroupState:
+    def _group_state(self, index: int, present: list[Tensor]) -> GroupState:
         """Return the group at work; built at its first gradient, and again for thawed parameters."""
         group = self.param_groups[index]
         found = self._groups.get(index)
-        if found is not None and all(param in found.home for param in present):
+        if found is not None and found.knows(present):
             return found
         known = set(present) | {p for p in group["params"] if p.requires_grad or p in self.state}
         members = [param for param in group["params"] if param in known]
@@ -195,11 +195,13 @@ class Frugal(Optimizer):
             if found is not None and param in found.stepped:
                 raise ValueError("a parameter can be stepped once in a step: call step() to end it")
         for index in sorted({where[param] for param in wanted}):
-            self._step_group(index, [param for param in wanted if where[param] == index])
+            members = [param for param in wanted if where[param] == index]
+            self._step_group(index, members)
+            self._groups[index].stepped.update(members)
 
     def _step_group(self, index: int, params: list[Tensor]) -> None:
         found = self._groups.get(index)
-        if found is not None:
+        if found is not None and found.stepped:
             params = [param for param in params if param not in found.stepped]
         if not params:
             return
@@ -213,7 +215,6 @@ class Frugal(Optimizer):
             return
         state.begin_call()
         update_params(state, params, self._impl)
-        state.stepped.update(params)
 
     @torch.no_grad()
     def begin_step(self) -> None:
@@ -315,5 +316,5 @@ def _check_param(param: Tensor, settings: Settings) -> None:
 
 def _check_grad(param: Tensor) -> None:
     grad = cast(Tensor, param.grad)
-    if grad.is_sparse or grad.layout != torch.strided:
+    if grad.layout != torch.strided:
         raise ValueError("Frugal does not take sparse gradients: use sparse=False in the embedding")

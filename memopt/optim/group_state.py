@@ -9,7 +9,7 @@ switches if that is due, and is closed by `step()`; partial steps in between bel
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class GroupState:
             bucket.number = number
         self.home = {e.param: (b, i) for b in self.buckets for i, e in enumerate(b.entries)}
         self.stepped: set[Tensor] = set()
+        self._last: tuple[tuple[int, ...], list[tuple[Bucket, list[int]]]] = ((), [])
         self.open = False
         self._publish()
 
@@ -69,7 +70,7 @@ class GroupState:
 
     def _publish(self) -> None:
         """Fill `optimizer.state`; what is there already (a checkpoint, a copy) is taken over."""
-        self._shown: dict[Tensor, dict[str, Tensor]] = {}
+        self._shown: dict[Tensor, tuple[dict[str, Any], dict[str, tuple[Tensor, int]]]] = {}
         for bucket in self.buckets:
             for i, entry in enumerate(bucket.entries):
                 shown = self.state[entry.param]
@@ -80,8 +81,8 @@ class GroupState:
                 if self._needs_compensation(local) and COMPENSATION not in shown:
                     shown[COMPENSATION] = torch.zeros_like(local, memory_format=torch.contiguous_format)
                 views = self._views(bucket, i)
-                self._shown[entry.param] = views
                 self._take_over(entry, shown, views)
+                self._remember(bucket, i, shown, views)
 
     def _needs_compensation(self, local: Tensor) -> bool:
         return self.group["rounding"] == "kahan" and local.dtype in (torch.bfloat16, torch.float16)
@@ -100,24 +101,26 @@ class GroupState:
             shown[name] = view
 
     def refresh(self) -> None:
-        """Bring home state tensors that another component has replaced between two steps."""
-        for bucket in self.buckets:
-            for entry in bucket.entries:
-                shown, views = self.state[entry.param], self._shown[entry.param]
-                for name, view in views.items():
-                    if shown.get(name) is not view:
-                        self._take_over(entry, shown, views)
-                        break
+        """Bring home state that another component has replaced or swapped between two steps."""
+        for param, (bucket, i) in self.home.items():
+            shown = self.state[param]
+            known, views = self._shown[param]
+            if shown is known and all(
+                shown.get(name) is view and view.data_ptr() == pointer
+                for name, (view, pointer) in views.items()
+            ):
+                continue
+            home = self._views(bucket, i)
+            self._take_over(bucket.entries[i], shown, home)
+            self._remember(bucket, i, shown, home)
 
-    def rebuild_after_data_swap(self) -> None:
-        """Adopt tensors whose storage was swapped (`t.data = other`): views of the arena no more."""
-        for bucket in self.buckets:
-            for i, entry in enumerate(bucket.entries):
-                for name, view in self._shown[entry.param].items():
-                    home = self._views(bucket, i)[name]
-                    if view.data_ptr() != home.data_ptr() and view.numel():
-                        home.copy_(view)
-                        view.data = home
+    def _remember(
+        self, bucket: Bucket, i: int, shown: dict[str, Any], views: dict[str, Tensor]
+    ) -> None:
+        """Note what is shown, and at which addresses, so that `refresh` sees any change."""
+        pointers = {name: (view, view.data_ptr()) for name, view in views.items()}
+        self._shown[bucket.entries[i].param] = (shown, pointers)
+        bucket.shown[i] = shown
 
     def names(self) -> list[str]:
         """Return the keys of a parameter's state, the same for all parameters of a bucket."""
@@ -131,7 +134,6 @@ class GroupState:
         self.open = True
         self.move(None)
         self.refresh()
-        self.rebuild_after_data_swap()
         settings, group = self.settings(), self.group
         if group["last_switch"] < 0:
             group.update(last_switch=group["calls"], active_density=settings.current_density)
@@ -166,6 +168,21 @@ class GroupState:
         self.group["calls"] += 1
 
     # ------------------------------------------------------------------ updates
+    def by_bucket(self, params: Sequence[Tensor]) -> list[tuple[Bucket, list[int]]]:
+        """Sort parameters by bucket; steps mostly bring the same ones, so the last is remembered."""
+        ids = tuple(map(id, params))
+        if self._last[0] != ids:
+            found: dict[int, list[int]] = {}
+            for param in params:
+                bucket, i = self.home[param]
+                found.setdefault(bucket.number, []).append(i)
+            self._last = ids, [(self.buckets[n], members) for n, members in found.items()]
+        return self._last[1]
+
+    def knows(self, params: Sequence[Tensor]) -> bool:
+        """Whether all these parameters have their place here."""
+        return self._last[0] == tuple(map(id, params)) or all(p in self.home for p in params)
+
     def choose_bases(self, bucket: Bucket, indices: Iterable[int], settings: Settings) -> None:
         """Choose the subspace of low-rank parameters: in the switch call, or for the first time."""
         in_switch_call = self.group["calls"] == self.group["last_switch"]
@@ -199,7 +216,6 @@ class GroupState:
                 bucket.arena.arrays[name] = array.to(target)
             for i, entry in enumerate(bucket.entries):
                 views, shown = self._views(bucket, i), self.state[entry.param]
-                views = {k: v for k, v in views.items() if not k == BASIS}
                 shown.update(views)
-                self._shown[entry.param].update(views)
+                self._remember(bucket, i, shown, views)
             bucket.generation += 1

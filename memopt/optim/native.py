@@ -23,6 +23,8 @@ from memopt.optim.selections.axes import ChosenColumns, ChosenRows
 from memopt.optim.selections.coordinates import Strata
 from memopt.optim.settings import Settings
 
+_FREE, _FULL = int(Kind.FREE), int(Kind.FULL)
+_SIZE, _FIRST_CHUNK = int(Field.SIZE), int(Field.FIRST_CHUNK)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -105,8 +107,8 @@ def fill_tables(tables: Tables, bucket: Bucket) -> None:
     first = 0
     counts = []
     for row in rows:
-        row[Field.FIRST_CHUNK] = first
-        counts.append(-(-row[Field.SIZE] // CHUNK))
+        row[_FIRST_CHUNK] = first
+        counts.append(-(-row[_SIZE] // CHUNK))
         first += counts[-1]
     capacity = tables.chunks.numel()
     empty = [0] * op.FIELDS
@@ -126,24 +128,22 @@ def fill_tables(tables: Tables, bucket: Bucket) -> None:
 def _segments_of(bucket: Bucket, tensor: int, i: int, index_at: int) -> list[list[int]]:
     entry, part, origin = bucket.entries[i], bucket.parts[i], bucket.offsets[i]
 
-    def row(kind: Kind, start: int, size: int, **more: int) -> list[int]:
-        values = {Field.TENSOR: tensor, Field.KIND: kind, Field.START: start, Field.SIZE: size}
-        values |= {Field.STATE: origin, Field.ORIGIN: origin, Field.TAG: entry.tag}
-        values |= {Field[name.upper()]: value for name, value in more.items()}
-        return [int(values.get(name, 0)) for name in Field]
+    def row(kind: int, start: int, size: int, *draw: int) -> list[int]:
+        """One segment, in the order of `Field`; `draw` is A, B, KEY, OFFSET."""
+        return [tensor, kind, start, size, origin, 0, origin, entry.tag, *draw, *[0] * (4 - len(draw))]
 
     if isinstance(part, LeadingRows):
         full = part.num_slots
-        parts = [row(Kind.FULL, 0, full), row(Kind.FREE, full, entry.size - full)]
-        return [segment for segment in parts if segment[Field.SIZE]]
+        parts = [row(_FULL, 0, full), row(_FREE, full, entry.size - full)]
+        return [segment for segment in parts if segment[_SIZE]]
     if isinstance(part, ChosenColumns):
         count = part.index.numel()
-        return [row(Kind.COLUMNS, 0, entry.size, a=entry.columns, b=count, key=index_at)]
+        return [row(Kind.COLUMNS, 0, entry.size, entry.columns, count, index_at)]
     if isinstance(part, ChosenRows):
-        return [row(Kind.ROWS, 0, entry.size, a=entry.columns, key=index_at)]
+        return [row(Kind.ROWS, 0, entry.size, entry.columns, 0, index_at)]
     assert isinstance(part, Strata)
     key = part.key if part.key < 2**63 else part.key - 2**64
-    return [row(Kind.STRATA, 0, entry.size, a=part.size, b=part.count, key=key, offset=part.offset)]
+    return [row(Kind.STRATA, 0, entry.size, part.size, part.count, key, part.offset)]
 
 
 def _fill_index(tables: Tables, bucket: Bucket) -> None:

@@ -12,6 +12,8 @@ _EXACT = 1e-12  # absorbs the rounding of density * size for sizes up to 10**12;
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a DTensor, and any other tensor itself."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):  # nearly always; this runs for every step
+        return tensor
     to_local = getattr(tensor, "to_local", None)
     if to_local is None:
         return tensor
