@@ -1,6 +1,6 @@
 """What every benchmark here needs: honest clocks, what the machine and the software were, and result files.
 
-Rules that these helpers serve: warm-up is timed apart and never part of a median; a step is timed between two
+Rules that these functions serve: warm-up is timed apart and never part of a median; a step is timed between two
 synchronisations of the device (a host clock alone would time the launches); every result file says which commit, which
 versions, which machine and which command made it; and a result file is replaced whole, so that a run that is killed
 leaves the rows that were finished.
