@@ -1,6 +1,6 @@
 """Raw speed of memopt's storage engines beside fio and DeepSpeed's aio_handle, on the same file in the same run.
 
-    python benchmarks/bench_io.py DIRECTORY [--size-mib 2048] [--rounds 5] [--json FILE]
+    python benchmarks/bench_io.py DIRECTORY [--size-mib 2048] [--rounds 5] [--out FILE]
 
 Everyone writes and reads one laid-out file of the same size with O_DIRECT, the same block size and the same number of
 blocks in flight. Rounds are interleaved (every engine once per round, in an order that rotates), because disks drift;
@@ -11,10 +11,10 @@ thread alone, per GiB. DeepSpeed takes part when its engine is built (``AsyncIOB
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import mmap
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -24,6 +24,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from _common import provenance, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -56,8 +57,10 @@ class Case:
 
 def fio(case: Case, kind: str, *, registered: bool) -> Result:
     command = [
-        "fio", "--name=pass", f"--filename={case.path}", f"--size={case.size_bytes}", f"--bs={case.block_bytes}",
+        "fio", "--name=pass", f"--filename={case.path}", f"--size={case.size_bytes}",
+        f"--bs={case.block_bytes}",
         f"--iodepth={case.depth}", f"--rw={kind}", "--ioengine=io_uring", "--direct=1", "--overwrite=1",
+        "--scramble_buffers=0",
         f"--fixedbufs={int(registered)}", f"--registerfiles={int(registered)}", "--output-format=json",
     ]  # fmt: skip
     job = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)[
@@ -150,6 +153,12 @@ def deepspeed(case: Case, kind: str) -> Result:
     )
 
 
+def fio_version() -> str:
+    return subprocess.run(
+        ["fio", "--version"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
 def run_rounds(
     case: Case, rounds: int, *, with_deepspeed: bool, console: Console
 ) -> list[list[Result]]:
@@ -215,12 +224,11 @@ def show(rows: list[dict[str, object]], case: Case, console: Console) -> None:
 
 
 def deepspeed_is_built() -> bool:
-    try:
-        from deepspeed.ops.op_builder import AsyncIOBuilder
-
-        return bool(list(Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions")).rglob("async_io.so"))) and AsyncIOBuilder is not None  # fmt: skip
-    except ImportError:
+    """Whether DeepSpeed's engine was compiled before; compiling takes minutes and is not this script's business."""
+    if importlib.util.find_spec("deepspeed") is None:
         return False
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions"))
+    return next(cache.rglob("async_io.so"), None) is not None
 
 
 def main() -> None:
@@ -233,7 +241,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-deepspeed", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
     if shutil.which("fio") is None:
@@ -257,24 +265,16 @@ def main() -> None:
         path.unlink(missing_ok=True)
     rows = summary(rounds)
     show(rows, case, console)
-    if args.json:
-        facts = {
-            "kernel": platform.release(),
-            "cores": os.cpu_count(),
-            "load_average": os.getloadavg(),
-        }
-        setting = {
+    if args.out:
+        record = provenance(["memopt", "numpy", "cffi", "deepspeed"])
+        record |= {"benchmark": "io", "fio": fio_version(), "load_average": os.getloadavg()}
+        record |= {
             "size_bytes": case.size_bytes,
             "block_bytes": case.block_bytes,
             "depth": case.depth,
         }
-        record = {
-            "machine": facts,
-            "case": setting,
-            "summary": rows,
-            "rounds": [[asdict(r) for r in x] for x in rounds],
-        }
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        record |= {"summary": rows, "rounds": [[asdict(r) for r in x] for x in rounds]}
+        write_json(args.out, record)
 
 
 if __name__ == "__main__":
