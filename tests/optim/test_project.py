@@ -1,0 +1,122 @@
+"""`on_switch="project"`: what stays chosen keeps its moments and, under blocks, its counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memopt.optim import Frugal
+
+
+def moments(optimizer, p):
+    """Return (mask, m, v) of a parameter, scattered to its shape, from the arena."""
+    bucket, i = optimizer._groups[0].home[p]
+    part, offset = bucket.parts[i], bucket.offsets[i]
+    m, v = bucket.arena.load(offset, offset + part.num_slots, torch.float32)
+    mask = part.mask(*p.shape)
+    full_m, full_v = torch.zeros(p.shape), torch.zeros(p.shape)
+    full_m[mask], full_v[mask] = m.clone(), v.clone()
+    return mask, full_m, full_v
+
+
+@pytest.mark.parametrize("quantize", [None, "8bit"])
+@pytest.mark.parametrize("order", ["random", "ascending"])
+@pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates"])
+def test_what_stays_chosen_keeps_its_moments(selection, order, quantize):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s)) for s in [(16, 32), (32, 16), (8, 64), (64, 24), (30, 10)]]
+    optimizer = Frugal(params, density=0.5, selection=selection, update_gap=3, lr=0.0, order=order,
+                       on_switch="project", quantize=quantize, betas=(0.0, 0.0))  # fmt: skip
+    kept_some = False
+    for call in range(13):
+        if call and call % 3 == 0:
+            before = [moments(optimizer, p) for p in params]
+            steps = [optimizer.state[p]["step"] for p in params]
+            optimizer._groups[0].begin_call()  # the switch alone
+            for p, (mask, m, v), step in zip(params, before, steps, strict=True):
+                new_mask, new_m, new_v = moments(optimizer, p)
+                both = mask & new_mask
+                kept_some |= bool(both.any())
+                if quantize is None:
+                    assert torch.equal(new_m[both], m[both])
+                    assert torch.equal(new_v[both], v[both])
+                else:
+                    torch.testing.assert_close(new_m[both], m[both], rtol=0.05, atol=1e-3)
+                assert not new_m[new_mask & ~mask].any()
+                assert not new_v[new_mask & ~mask].any()
+                if selection == "blocks":
+                    assert optimizer.state[p]["step"] == (step if mask.any() else 0)
+                else:
+                    assert optimizer.state[p]["step"] == step
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert kept_some
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
+def test_subspaces_rotate(shape):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(shape))
+    optimizer = Frugal([p], density=0.5, selection="svd", update_gap=2, on_switch="project", lr=0.0,
+                       betas=(0.5, 0.5))  # fmt: skip
+    for _ in range(2):
+        p.grad = torch.randn(shape)
+        optimizer.step()
+    bucket, i = optimizer._groups[0].home[p]
+    old = bucket.parts[i].basis.clone()
+    m, v = (x.clone().view(20, 6) for x in bucket.arena.load(0, 120, torch.float32))
+    p.grad = torch.randn(shape)
+    optimizer.step()  # switches, then updates once
+    new = bucket.parts[i].basis
+    rotation = new @ old.T
+    g = (p.grad if shape[0] >= shape[1] else p.grad.T) @ new.T
+    expected_m = 0.5 * (m @ rotation.T) + 0.5 * g
+    expected_v = 0.5 * (v @ rotation.square().T) + 0.5 * g * g
+    found_m, found_v = (x.view(20, 6) for x in bucket.arena.load(0, 120, torch.float32))
+    torch.testing.assert_close(found_m, expected_m, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found_v, expected_v, rtol=1e-4, atol=1e-5)
+    assert (found_v >= 0).all()
+
+
+def test_keep_leaves_moments_where_they_lie():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(20, 12))
+    optimizer = Frugal([p], density=0.5, selection="svd", update_gap=1, on_switch="keep", lr=0.0)
+    previous = torch.zeros(120)
+    for _ in range(4):
+        p.grad = torch.randn(20, 12)
+        optimizer.step()
+        bucket, i = optimizer._groups[0].home[p]
+        g = (p.grad @ bucket.parts[i].basis.T).reshape(-1)
+        expected = 0.9 * previous + 0.1 * g
+        previous = bucket.arena.arrays["exp_avg"].clone()
+        torch.testing.assert_close(previous, expected, rtol=1e-4, atol=1e-6)
+    assert optimizer.state[p]["step"] == 4
+
+
+def test_reset_restarts_moments_and_counters_also_of_what_stays():
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(3)]
+    optimizer = Frugal(params, density=0.7, update_gap=2)
+    for call in range(6):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        assert {optimizer.state[p]["step"] for p in params} == {call % 2 + 1}
+
+
+def test_a_parameter_without_a_gradient_keeps_its_basis():
+    torch.manual_seed(0)
+    a, b = (torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+    optimizer = Frugal([a, b], density=0.5, selection="svd", update_gap=2)
+    for call in range(5):
+        a.grad = torch.randn(8, 8)
+        b.grad = torch.randn(8, 8) if call != 2 else None
+        old = [optimizer.state[p]["basis"].clone() for p in (a, b)] if call else None
+        optimizer.step()
+        if call in (2, 3):
+            assert torch.equal(optimizer.state[b]["basis"], old[1])
+            assert torch.equal(optimizer.state[a]["basis"], old[0]) == (call == 3)
+        if call == 4:
+            assert not torch.equal(optimizer.state[b]["basis"], old[1])
