@@ -87,6 +87,7 @@ class Search:
         self.items = items_of(model)
         self.max_simulations = max_simulations
         self.num_simulations = 0
+        self.selective = True
         self.on_cpu = model.hardware.device == "cpu"
         self.media: list[Placement] = []
         if limits.host_bytes > 0 and not self.on_cpu:
@@ -98,15 +99,24 @@ class Search:
         """Whether the bound on simulations is reached."""
         return self.num_simulations >= self.max_simulations
 
+    def may_move(self, item: Item, where: Placement) -> bool:
+        """Whether the engine would take this output to host or SSD."""
+        if where == "ssd" and item.nbytes > self.limits.staging_bytes:
+            return False
+        return item.nbytes >= MIN_MOVE_BYTES
+
     def evaluate(self, choices: Sequence[Choice], settings: Settings) -> Candidate | None:
         """Return the candidate if it stays inside the limits."""
         self.num_simulations += 1
         candidate = evaluate(self.model, choices, settings)
         return candidate if self.limits.hold(candidate.timeline) else None
 
-    def fill(self, start: Candidate) -> Candidate:
-        """Return `start` with as many outputs stored as pays, in two passes."""
-        best = start
+    def fill(self, start: Candidate, *, selective: bool = True) -> Candidate:
+        """Return `start` with as many outputs stored as pays, in two passes.
+
+        `selective` spreads an output only over regions with room for its return; otherwise over all or fewer.
+        """
+        best, self.selective = start, selective
         for item in self.items:
             for where in (*(() if self.on_cpu else self.media), "device"):
                 best = self.store(best, item, where, hidden=where != "device")
@@ -125,12 +135,16 @@ class Search:
             for k in item.regions
             if not best.choices[k].plain and best.choices[k].ops[item.index] == "recompute"
         ]
-        if where != "device" and item.nbytes < MIN_MOVE_BYTES:
-            return best
-        if where == "ssd" and item.nbytes > self.limits.staging_bytes:
+        if where != "device" and not (
+            self.may_move(item, where) and item.nbytes <= best.settings.window_bytes
+        ):
             return best
         if where != "device" and hidden:
             free = self.not_first_in_backward(best, free)
+        if where == "device":
+            free = self.with_room_to_stand(best, free, item)
+        elif self.selective:
+            free = self.with_room_to_return(best, free, item)
         if not free:
             return best
         exposed_s = best.timeline.exposed_s + HIDDEN_S
@@ -155,11 +169,37 @@ class Search:
         moved = [k for k, c in enumerate(best.choices) if not c.plain]
         return [k for k in regions if k != moved[-1]]
 
+    def with_room_to_stand(self, best: Candidate, regions: list[int], item: Item) -> list[int]:
+        """Leave out regions after whose forward, before whose backward, the device has no room for one tensor more."""
+        levels, most = best.timeline.levels, self.limits.device_bytes - item.nbytes
+        last = 2 * len(best.choices)
+        return [k for k in regions if max(levels[k + 1 : last - k], default=0) <= most]
+
+    def with_room_to_return(self, best: Candidate, regions: list[int], item: Item) -> list[int]:
+        """Leave out regions in whose backward, or the one before, the device has no room for the fetched tensor.
+
+        Early regions run back when all gradients exist: spreading over them too would hold the others back.
+        """
+        if self.on_cpu:
+            return regions
+        levels, most = best.timeline.levels, self.limits.device_bytes
+        last = 2 * len(best.choices)  # phase of the backward of region 0
+        found = []
+        for k in regions:
+            op = self.model.models[k].region.ops[item.index]
+            ahead_fits = k + 1 == len(best.choices) or levels[last - k - 1] + op.nbytes <= most
+            if ahead_fits and levels[last - k] + op.nbytes - op.saved_nbytes <= most:
+                found.append(k)
+        return found
+
     def steepest(
         self, attempt: Callable[[int], Candidate | None], count: int, best: Candidate
     ) -> Candidate | None:
         """Return the shortest step over 1..count, taking the step's length for convex in the count."""
-        low, high = 0, count
+        first = attempt(1)
+        if first is None or first.timeline.step_s >= best.timeline.step_s:
+            return first
+        low, high = 1, count
 
         def step_s(m: int) -> float:
             got = attempt(m) if m else best
@@ -179,7 +219,10 @@ def largest_count(attempt: Callable[[int], Candidate | None], count: int) -> Can
     found = attempt(count)
     if found is not None:
         return found
-    low, high = 0, count
+    found = attempt(1) if count > 1 else None
+    if found is None:
+        return None
+    low, high = 1, count
     while high - low > 1:
         middle = (low + high) // 2
         got = attempt(middle)

@@ -1,8 +1,8 @@
 """`solve_greedy`: a Plan inside three byte budgets.
 
 Around `greedy.Search.fill`, which places outputs for a fixed frame, this file searches the frames: how many of the
-last regions run untouched, how many inputs leave, how wide the window is and how far fetches run ahead. One of the
-four is changed at a time, as long as the step gets shorter; then single placements are improved.
+last regions run untouched, how many inputs leave, how wide the window is, over which regions outputs are spread. One
+of these is changed at a time, as long as the step gets shorter; then single placements are improved.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from memopt.plan.cost import StepModel, build, slack_of, usable_bytes
+from memopt.plan.engine_facts import MIN_MOVE_BYTES
 from memopt.plan.greedy import Search
 from memopt.plan.polish import polish
 from memopt.plan.simulate import Settings
@@ -32,16 +33,18 @@ from memopt.types.trace import StepTrace
 MAX_SIMULATED_REGIONS = (
     120_000  # about two seconds of one core: what the search may simulate, in region visits
 )
-WINDOWS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # in largest tensors
+WINDOW_FACTORS = (1, 2, 4, 8)
+CLOSE = 1.4  # two windows nearer than this are one
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What is fixed while outputs are placed: the last `plain` regions, the first `inputs` inputs, the window."""
+    """What is fixed while outputs are placed: the last `plain` regions, the first `inputs` inputs, and how to fill."""
 
     plain: int = 0
     inputs: int = 0
-    window: int = 3  # index into WINDOWS
+    window: int = -3  # index into windows_of, from its end: -4 is the largest tensor, -3 twice that
+    selective: bool = True  # how `fill` spreads
 
 
 def solve_greedy(
@@ -104,23 +107,28 @@ def best_frame(search: Search, smallest: Candidate) -> Candidate:
     def fill(frame: Frame) -> Candidate | None:
         if frame not in tried:
             start = start_of(search, frame)
-            tried[frame] = None if start is None else search.fill(start)
+            tried[frame] = None if start is None else search.fill(start, selective=frame.selective)
         return tried[frame]
 
     best = search.fill(smallest)
-    frame: Frame | None = None
-    for start in (Frame(), Frame(window=2), Frame(inputs=count), Frame(inputs=count, window=1)):
-        found = fill(start)
-        if found is not None:
-            frame = start
-            break
-    if frame is None:
+    num_windows = len(windows_of(search))
+    widths = range(-num_windows, 0) if search.media else (-1,)
+    starts = [
+        Frame(window=w, inputs=k) for k in ((0, count) if search.media else (0,)) for w in widths
+    ]
+    filled = [
+        (found.timeline.step_s, number)
+        for number, f in enumerate(starts)
+        if (found := fill(f)) is not None
+    ]
+    if not filled:
         return best
+    frame = starts[min(filled)[1]]
     improved = True
     while improved and not search.spent():
         improved = False
-        for neighbours in moves(frame, count, bool(search.media)):
-            for other in neighbours:
+        for coordinate in (windows, spreads, inputs, plains):
+            for other in coordinate(frame, count, num_windows * bool(search.media)):
                 if search.spent():
                     break
                 found, now = fill(other), fill(frame)
@@ -135,18 +143,50 @@ def shorter(found: Candidate, best: Candidate) -> bool:
     return found.timeline.step_s < best.timeline.step_s * (1.0 - 1e-9)
 
 
-def moves(frame: Frame, count: int, moving: bool) -> list[list[Frame]]:
-    """Return the neighbours of a frame, one list per coordinate."""
-    plains = sorted(
-        {1, 2, 4, frame.plain + 1, frame.plain - 1, frame.plain * 2, count // 4, count // 2}
-    )
-    found = [[replace(frame, plain=p) for p in plains if 0 <= p < count and p != frame.plain]]
-    if moving:
-        widths = [w for w in (frame.window - 1, frame.window + 1) if 0 <= w < len(WINDOWS)]
-        found.append([replace(frame, window=w) for w in widths])
-        inputs = sorted({0, count // 4, count // 2, 3 * count // 4, count} - {frame.inputs})
-        found.append([replace(frame, inputs=k) for k in inputs])
-    return found
+def windows(frame: Frame, count: int, num_windows: int) -> list[Frame]:
+    """Return the frame with other windows."""
+    return [
+        replace(frame, window=w)
+        for w in (frame.window - 1, frame.window + 1)
+        if -num_windows <= w < 0
+    ]
+
+
+def spreads(frame: Frame, count: int, num_windows: int) -> list[Frame]:
+    """Return the frame with the other way to spread."""
+    return [replace(frame, selective=not frame.selective)] if num_windows else []
+
+
+def inputs(frame: Frame, count: int, num_windows: int) -> list[Frame]:
+    """Return the frame with other numbers of inputs that leave."""
+    numbers = {0, count // 4, count // 2, 3 * count // 4, count} - {frame.inputs}
+    return [replace(frame, inputs=k) for k in sorted(numbers)] if num_windows else []
+
+
+def plains(frame: Frame, count: int, num_windows: int) -> list[Frame]:
+    """Return the frame with other numbers of untouched regions at the end."""
+    numbers = {0, 1, 2, frame.plain - 1, frame.plain + 1, 2 * frame.plain, count // 4} - {
+        frame.plain
+    }
+    return [replace(frame, plain=p) for p in sorted(numbers) if 0 <= p < count]
+
+
+def windows_of(search: Search) -> list[int]:
+    """Return windows worth trying, ascending: sizes of tensors, none close below another, and multiples of the largest.
+
+    A window also bounds the tensors that `fill` moves: one tensor larger than it holds as much of the device.
+    """
+    sizes = {item.nbytes for item in search.items} | {
+        m.region.input_nbytes for m in search.model.models
+    }
+    largest = max(1, *sizes)
+    if search.on_cpu:  # there the staging buffers are the window
+        return [min(WINDOW_FACTORS[-1] * largest, search.limits.staging_bytes)]
+    found = [largest * factor for factor in reversed(WINDOW_FACTORS)]
+    for size in sorted(sizes, reverse=True):
+        if MIN_MOVE_BYTES <= size < found[-1] / CLOSE:
+            found.append(size)
+    return found[::-1]
 
 
 def start_of(search: Search, frame: Frame) -> Candidate | None:
@@ -158,14 +198,8 @@ def start_of(search: Search, frame: Frame) -> Candidate | None:
         away(model, limits),
         frame.inputs,
     )
-    sizes = [item.nbytes for item in search.items] or [1]
-    if frame.inputs:
-        sizes.append(max(m.region.input_nbytes for m in model.models))
-    window = max(1, int(WINDOWS[frame.window] * max(sizes)))
-    ahead = UNBOUNDED
-    if search.on_cpu:  # there the staging buffers are the window, both ways
-        ahead = limits.staging_bytes
-        window = min(window, limits.staging_bytes)
+    window = windows_of(search)[frame.window]
+    ahead = limits.staging_bytes if search.on_cpu else UNBOUNDED
     return search.evaluate(choices, Settings(window, ahead))
 
 
@@ -183,8 +217,11 @@ def plan_of(model: StepModel, candidate: Candidate, notes: tuple[str, ...]) -> P
         )
     loads = [m.load(c) for m, c in zip(model.models, candidate.choices, strict=True)]
     fetched = max(sum(nbytes for nbytes, _ in load.back) for load in loads)
+    sent = sum(item.nbytes for load in loads for item in load.out)
     settings = replace(
-        candidate.settings, prefetch_bytes=max(1, min(candidate.settings.prefetch_bytes, fetched))
+        candidate.settings,
+        window_bytes=max(1, min(candidate.settings.window_bytes, sent)),
+        prefetch_bytes=max(1, min(candidate.settings.prefetch_bytes, fetched)),
     )
     defaults = Plan()
     if not any(load.out for load in loads):
