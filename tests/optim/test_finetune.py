@@ -1,0 +1,21 @@
+"""The promise of CI: a fine-tune with FRUGAL reaches AdamW's loss within 2 %."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "06_frugal_finetune.py"
+
+
+def test_finetune_reaches_the_loss_of_adamw():
+    pytest.importorskip("transformers")
+    results = runpy.run_path(str(EXAMPLE))["main"](60, 80)
+    before, (adamw, adamw_bytes), (frugal, frugal_bytes) = (
+        results["before fine-tuning"][0], results["AdamW"], results["FRUGAL"],
+    )  # fmt: skip
+    assert adamw < 0.97 * before  # there is something to learn
+    assert frugal <= 1.02 * adamw
+    assert frugal_bytes < 0.4 * adamw_bytes
