@@ -61,9 +61,15 @@ _MEASURED: dict[tuple[str, bool, bool], object] = {}
 def _nothing_left_behind() -> Iterator[None]:
     """No test may leave a dispatch mode, a hook on saved tensors or an autograd setting behind."""
     import torch
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode
 
     yield
-    assert not _get_current_dispatch_mode_stack()
-    assert torch.is_grad_enabled()
-    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    modes = _get_current_dispatch_mode_stack()
+    for _ in modes:
+        _pop_mode()  # one failed test must not fail all that follow
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    enabled = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert not modes
+    assert hooks is None
+    assert enabled

@@ -148,7 +148,10 @@ def test_backward_after_leaving(plan):
             (
                 model,
                 memopt.optimize(
-                    model, plan=plan, regions=["layers"], budget=memopt.Budget(ssd=f"{path}:16MiB")
+                    model,
+                    plan=plan_for(TRAPS["2-native-dropout"], plan),
+                    regions=["layers"],
+                    budget=memopt.Budget(ssd=f"{path}:16MiB"),
                 ),
             ),
         ):
