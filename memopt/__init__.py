@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
+    from memopt.report import RunReport
     from memopt.session import Session, optimize, start
     from memopt.types.budget import Budget
     from memopt.types.errors import (
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     )
     from memopt.types.hardware import Hardware
     from memopt.types.plan import Plan
-    from memopt.report import RunReport
     from memopt.types.trace import StepTrace
 
 _HOMES = {

@@ -1,15 +1,23 @@
-"""From a trace to the plan in force."""
+"""From a trace to the plan in force, and from what a planned step showed to a better one.
+
+The traced step is a poor clock: kernels compile in it, and nothing overlaps. So the third step,
+the first without either, corrects the trace once, and the plan follows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch.nn import Module
 
 from memopt._resources import Resources
 from memopt.plan import predict, solve_greedy, uniform_plan
+from memopt.types.hardware import Hardware
 from memopt.types.plan import Placement, Plan, RegionPlan
-from memopt.types.trace import StepTrace
+from memopt.types.trace import OpTrace, RegionTrace, StepTrace
+
+_SLOP_BYTES = 1 << 20
 
 
 def first_plan(regions: Sequence[tuple[str, Module]], where: Placement) -> Plan:
@@ -20,26 +28,96 @@ def first_plan(regions: Sequence[tuple[str, Module]], where: Placement) -> Plan:
     )
 
 
-def make_plan(trace: StepTrace, asked: str | Plan, resources: Resources, *, exact: bool) -> Plan:
-    """Return the plan for the steps after the traced one."""
-    if not trace.regions:
-        return asked if isinstance(asked, Plan) else Plan(solver="no regions")
-    hardware = resources.hardware()
-    if isinstance(asked, Plan):
-        return _predicted(trace, asked, hardware)
-    if asked != "auto":
-        return _predicted(trace, uniform_plan(trace, asked), hardware)
-    return solve_greedy(
+class Planner:
+    """Makes the plan of a traced step and corrects it.
+
+    Args:
+        trace: the traced step.
+        asked: "auto", a placement, or a plan.
+        resources: budgets and the machine.
+        exact: only placements whose bits are the plain loop's.
+    """
+
+    def __init__(
+        self, trace: StepTrace, asked: str | Plan, resources: Resources, *, exact: bool
+    ) -> None:
+        self.trace = trace
+        self._asked = asked
+        self._resources = resources
+        self._exact = exact
+        self._hardware: Hardware | None = resources.hardware() if trace.regions else None
+
+    def plan(self) -> Plan:
+        """Return the plan for the trace as it is now known."""
+        if self._hardware is None:
+            return self._asked if isinstance(self._asked, Plan) else Plan(solver="no regions")
+        if self._asked == "auto":
+            budget = self._resources.budget
+            return solve_greedy(
+                self.trace,
+                self._hardware,
+                device_bytes=budget.device_bytes - self._resources.staging_bytes,
+                host_bytes=budget.host_bytes,
+                ssd_bytes=budget.ssd_bytes,
+                exact=self._exact,
+            )
+        asked = self._asked
+        plan = asked if isinstance(asked, Plan) else uniform_plan(self.trace, asked)
+        return replace(plan, predicted=predict(self.trace, plan, self._hardware))
+
+    def sees_gradients(self, grad_bytes: int) -> bool:
+        """Note the gradients alive at a root forward; True where the plan counted on fewer."""
+        more = grad_bytes - self.trace.grad_bytes_at_start
+        if more <= _SLOP_BYTES or self._hardware is None:
+            return False
+        self.trace = replace(
+            self.trace,
+            grad_bytes_at_start=grad_bytes,
+            resident_bytes=self.trace.resident_bytes + more,
+        )
+        return True
+
+    def calibrate(self, plan: Plan, step_s: float, exposed_s: float) -> None:
+        """Correct the trace's times by a step that ran under `plan`.
+
+        What the traced step took outside regions (where kernels compiled) absorbs the difference;
+        what is left scales every time.
+        """
+        if self._hardware is None or step_s <= 0.0:
+            return
+        predicted = predict(self.trace, plan, self._hardware)
+        computed = predicted.step_s - predicted.exposed_s
+        surplus = computed - max(0.0, step_s - exposed_s)
+        trace = self.trace
+        micro = max(1, trace.num_micro_batches)
+        inside = sum(r.forward_s + r.recompute_s + r.backward_s for r in trace.regions) * micro
+        outside = max(0.0, trace.forward_s + trace.backward_s - inside)
+        absorbed = min(max(surplus, -step_s), outside)
+        trace = replace(trace, forward_s=trace.forward_s - absorbed)
+        left = computed - absorbed
+        factor = (step_s - exposed_s) / left if left > 0.0 and step_s > exposed_s else 1.0
+        self.trace = _scaled(trace, factor)
+
+
+def _scaled(trace: StepTrace, factor: float) -> StepTrace:
+    return replace(
         trace,
-        hardware,
-        device_bytes=resources.budget.device_bytes - resources.staging_bytes,
-        host_bytes=resources.budget.host_bytes,
-        ssd_bytes=resources.budget.ssd_bytes,
-        exact=exact,
+        forward_s=trace.forward_s * factor,
+        backward_s=trace.backward_s * factor,
+        optimizer_s=trace.optimizer_s * factor,
+        regions=tuple(_scaled_region(r, factor) for r in trace.regions),
     )
 
 
-def _predicted(trace: StepTrace, plan: Plan, hardware: object) -> Plan:
-    from dataclasses import replace
+def _scaled_region(region: RegionTrace, factor: float) -> RegionTrace:
+    return replace(
+        region,
+        forward_s=region.forward_s * factor,
+        recompute_s=region.recompute_s * factor,
+        backward_s=region.backward_s * factor,
+        ops=tuple(_scaled_op(op, factor) for op in region.ops),
+    )
 
-    return replace(plan, predicted=predict(trace, plan, hardware))  # type: ignore[arg-type]
+
+def _scaled_op(op: OpTrace, factor: float) -> OpTrace:
+    return replace(op, time_s=op.time_s * factor)

@@ -38,6 +38,9 @@ class Steps:
         self.first_step_s: float | None = None
         self.peak_bytes = 0
         self._states: States | None = None
+        self.exposed_before = 0.0
+        self._times: list[float] = []
+        self._last_s = 0.0
         self._spans: list[tuple[Any, Any]] = []
         self._begin: Any = None
         self._end: Any = None
@@ -53,17 +56,22 @@ class Steps:
     def begin_root(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A root forward with gradients begins."""
         figures = self.figures
-        grads = sum(p.grad.nbytes for p in self._model.parameters() if p.grad is not None)
-        figures.grad_bytes_at_start = max(figures.grad_bytes_at_start, grads)
+        figures.grad_bytes_at_start = max(figures.grad_bytes_at_start, self.grad_bytes())
         self._root = self._meter.mark()
         if figures.num_roots == 0:
             self._begin = self._root
             figures.resident_bytes = self._meter.current_bytes()
             if self._states is None:
                 self._states = measure_states(self._model, self._optimizer)
-            shapes = [tuple(v.shape) for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+            shapes = [
+                tuple(v.shape) for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)
+            ]
             figures.shapes = ", ".join(map(str, shapes))
         figures.num_roots += 1
+
+    def grad_bytes(self) -> int:
+        """Bytes of gradients alive now."""
+        return sum(p.grad.nbytes for p in self._model.parameters() if p.grad is not None)
 
     def end_root(self) -> None:
         """It returned or raised."""
@@ -156,19 +164,20 @@ class Steps:
             (observer.outside_peak_bytes, peak),
         )
 
+    def last_step(self, exposed_s: float) -> tuple[float, float]:
+        """Return the last step's seconds and how many of them compute waited for transfers."""
+        self._resolve()
+        return self._last_s, max(0.0, exposed_s - self.exposed_before)
+
     def step_times(self) -> tuple[float | None, float | None]:
         """Return seconds of the first step and the median of the others."""
         self._resolve()
         median = statistics.median(self._times) if self._times else None
         return self.first_step_s, median
 
-    _times: list[float]
-
     def _resolve(self) -> None:
-        if not hasattr(self, "_times"):
-            self._times = []
         for begin, end in self._spans:
-            seconds = self._meter.seconds(begin, end)
+            seconds = self._last_s = self._meter.seconds(begin, end)
             if self.first_step_s is None:
                 self.first_step_s = seconds
             else:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import Module
 
-from memopt._planning import first_plan, make_plan
+from memopt._planning import Planner, first_plan
 from memopt._reporting import make_report
 from memopt._resources import Resources, open_resources
 from memopt._steps import Steps
@@ -35,6 +35,9 @@ from memopt.types.plan import Plan
 from memopt.types.trace import StepTrace
 
 EngineChoice = Literal["auto", "io_uring", "threads"]
+_CALIBRATION_STEP = 3
+"""After this many steps: the first traced and compiled, the second locked host memory."""
+
 _UNIFORM = ("recompute", "host", "ssd", "device")
 
 
@@ -79,7 +82,8 @@ class Session:
         self.optimizer = optimizer
         self.settings = settings
         self.notes: list[str] = []
-        self.trace: StepTrace | None = None
+        self._planner: Planner | None = None
+        self._calibrated = False
         self._asked_plan = _read_plan(settings.plan)
         self._regions = find_regions(model, settings.regions)
         self._resources: Resources | None = None
@@ -159,6 +163,11 @@ class Session:
     # - What a user may ask
 
     @property
+    def trace(self) -> StepTrace | None:
+        """The traced step, its times corrected by later ones; None before the first step ended."""
+        return self._planner.trace if self._planner is not None else None
+
+    @property
     def plan(self) -> Plan:
         """The plan in force."""
         assert self._engine is not None, "the session has not started"
@@ -189,10 +198,7 @@ class Session:
         assert resources is not None
         if self.optimizer is None and self._steps.saw_backward:
             self._end_step()
-        if self._next_plan is not None and not engine.has_live_frames:
-            engine.use(self._next_plan)
-            resources.prepare(self._next_plan)
-            self._next_plan = None
+        self._update_plan(engine, resources)
         engine.begin_root()
         if self._observer is not None:
             self._observer.begin_root()
@@ -238,12 +244,32 @@ class Session:
                 self._steps.figures.outside_saved_bytes = self._hooks.saved_bytes
             self._observer = engine.observer = None
             engine.fragile = observer.fragile()
-            self.trace = self._steps.trace(observer, resources.device.type)
+            trace = self._steps.trace(observer, resources.device.type)
+            self._planner = Planner(trace, self._asked_plan, resources, exact=self.settings.exact)
             self._note_unseen(observer)
-            self._next_plan = make_plan(
-                self.trace, self._asked_plan, resources, exact=self.settings.exact
-            )
+            self._next_plan = self._planner.plan()
         self._steps.end_step()
+
+    def _update_plan(self, engine: ActivationEngine, resources: Resources) -> None:
+        """Put a new plan in force, made now where this step shows what the trace could not."""
+        planner = self._planner
+        if planner is None or engine.has_live_frames:
+            return
+        stale = planner.sees_gradients(self._steps.grad_bytes())
+        if self._steps.num_steps == _CALIBRATION_STEP and not self._calibrated:
+            self._calibrated = True
+            planner.calibrate(
+                engine.plan, *self._steps.last_step(resources.transfers.moved.exposed_s)
+            )
+            stale = True
+        if stale:
+            self._next_plan = planner.plan()
+        if self._next_plan is not None:
+            engine.use(self._next_plan)
+            resources.prepare(self._next_plan)
+            self._next_plan = None
+        if self._steps.num_steps == _CALIBRATION_STEP - 1:
+            self._steps.exposed_before = resources.transfers.moved.exposed_s
 
     def _note_unseen(self, observer: RegionObserver) -> None:
         if observer.fragile():

@@ -57,7 +57,20 @@ class ForwardContext:
         """Pop it."""
         mode, self._mode = self._mode, None
         mode.__exit__(exc_type, exc, traceback)
+        self._frame.complete()
         self._host.forward_ended(self._frame, mode)
+
+
+class _Entry:
+    """What one recomputation must put back when it ends."""
+
+    __slots__ = ("buffers", "generators", "mode", "outer")
+
+    def __init__(self, mode: RecomputeMode, outer: RngState) -> None:
+        self.mode = mode
+        self.outer = outer
+        self.buffers: list[tuple[torch.nn.Module, str, Any]] = []
+        self.generators: list[tuple[torch.Generator, torch.Tensor]] = []
 
 
 class RecomputeContext:
@@ -66,25 +79,29 @@ class RecomputeContext:
     def __init__(self, frame: Frame, host: Host) -> None:
         self._frame = frame
         self._host = host
-        self._entries: list[tuple[RecomputeMode, RngState]] = []
+        self._entries: list[_Entry] = []
 
     def __enter__(self) -> None:
         """Bring the region's world back to what it was at its forward."""
         frame = self._frame
         frame.check_parameters()
-        keep = _keeps_graph()
+        frame.check_buffers()
         self._host.recompute_begins(frame)
         frame.landed.append(
             [
-                slot.land(frame.name, keep=keep) if isinstance(slot, InputSlot) else slot
+                slot.land(frame.name) if isinstance(slot, InputSlot) else slot
                 for slot in frame.inputs
             ]
         )
-        outer = RngState.capture(self._host.device)
+        mode = RecomputeMode(frame, keep=_keeps_graph() or not frame.completed)
+        entry = _Entry(mode, RngState.capture(self._host.device))
         frame.rng.restore()
+        for generator, state in frame.generators.items():
+            entry.generators.append((generator, generator.get_state()))
+            generator.set_state(state)
+        entry.buffers = frame.swap_buffers()
         swap_in(frame.pre_images)
-        mode = RecomputeMode(frame, keep=keep)
-        self._entries.append((mode, outer))
+        self._entries.append(entry)
         mode.__enter__()
 
     def __exit__(
@@ -94,11 +111,15 @@ class RecomputeContext:
         traceback: TracebackType | None,
     ) -> None:
         """Leave the program's world as it was."""
-        mode, outer = self._entries.pop()
-        mode.__exit__(exc_type, exc, traceback)
+        entry = self._entries.pop()
+        entry.mode.__exit__(exc_type, exc, traceback)
         self._frame.landed.pop()
         swap_out(self._frame.pre_images)
-        outer.restore()
+        for module, name, buffer in entry.buffers:
+            module._buffers[name] = buffer
+        for generator, state in entry.generators:
+            generator.set_state(state)
+        entry.outer.restore()
         self._host.recompute_ended(self._frame)
 
 

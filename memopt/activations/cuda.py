@@ -222,6 +222,7 @@ class HostStored:
         self._buffer: HostBuffer | None = buffer
         self._outgoing: Outgoing | None = outgoing
         self._done = outgoing.done
+        self._last_event = outgoing.done
         self._transfers = transfers
         self._landing: Landing | None = None
 
@@ -244,19 +245,21 @@ class HostStored:
         """Nothing: the block lives until the graph dies."""
 
     def take(self, *, keep: bool) -> Tensor:
-        """Wait (on the device) for the copy in and return the tensor."""
+        """Wait (on the device) for the copy in and return the tensor.
+
+        The block is kept until the graph lets go of this object: another backward through the
+        same region may ask again.
+        """
+        del keep
         self.prefetch()
         landing, self._landing = self._landing, None
         assert landing is not None, "a host copy is taken once unless it is kept"
         self._transfers.wait_timed(landing.event)
-        tensor = landing.take()
-        if not keep and self._buffer is not None:
-            self._buffer.release(landing.event)
-            self._buffer = None
-        return tensor
+        self._last_event = landing.event
+        return landing.take()
 
     def __del__(self) -> None:
         """Give the block back; a copy may still be writing or reading it."""
         if self._buffer is not None:
-            event = self._landing.event if self._landing is not None else self._done
+            event = self._landing.event if self._landing is not None else self._last_event
             self._buffer.release(event)

@@ -66,7 +66,9 @@ class CudaSpillStored:
 
     def prefetch(self) -> int:
         """Start the read when the write is over and a staging buffer is free."""
-        if self._reading is None and self._home is None:
+        if self._extent is None:
+            return 0
+        if self._reading is None:
             if not self._write.done():
                 return 0
             buffer = self._area.stage(self.nbytes, wait=False)
@@ -92,7 +94,7 @@ class CudaSpillStored:
         self._free()
 
     def take(self, *, keep: bool) -> Tensor:
-        """Bring the tensor back to the device."""
+        """Bring the tensor back to the device; the extent stays until the graph lets go."""
         if self._home is not None:
             tensor = torch.empty_strided(
                 self._shape, self._stride, dtype=self._dtype, device=self._transfers.device
@@ -117,8 +119,6 @@ class CudaSpillStored:
         landing = self._transfers.copy_in(self._shape, self._stride, buffer, self._dtype)
         buffer.release(landing.event)
         self._transfers.wait_timed(landing.event)
-        if not keep:
-            self._free()
         return landing.take()
 
     def _start(self, buffer: HostBuffer) -> None:

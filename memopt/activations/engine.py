@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from memopt.activations.contexts import ForwardContext, RecomputeContext
 from memopt.activations.frame import Frame, InputSlot, RngState
 from memopt.activations.modes import MIN_MOVE_BYTES, ForwardMode
-from memopt.activations.patch import PatchedForward, without_caches
+from memopt.activations.patch import PatchedForward, has_filled_cache, without_caches
 from memopt.activations.regions import is_flat_sequential
 from memopt.activations.runs import RunsPatch
 from memopt.activations.stored import Checked, Label, Stored
@@ -136,6 +136,9 @@ class ActivationEngine:
         name = self._call_name(patch.name)
         plan = self._plans.get(name, _RECOMPUTED)
         if plan.plain and self.observer is None:
+            return patch.plain(*args, **kwargs)
+        if has_filled_cache(args, kwargs):
+            self.notes["regions called with a filled key/value cache run untouched"] = None
             return patch.plain(*args, **kwargs)
         args, kwargs, had_cache = without_caches(args, kwargs)
         if had_cache:
@@ -306,10 +309,10 @@ class SharedInput:
 
     def take(self, *, keep: bool) -> Tensor:
         """Return the tensor; it stays on the device until its last region took it."""
-        self.num_users -= not keep
+        self.num_users -= 1
         tensor, self._landed = self._landed, None
         if tensor is None:
             tensor = self._stored.take(keep=keep)
-        if keep or self.num_users > 0:
+        if self.num_users > 0:
             self._landed = tensor
         return tensor.detach()

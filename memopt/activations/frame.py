@@ -7,11 +7,14 @@ graphs, exceptions and leaving the context early need no clean-up code.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from memopt.activations.stored import Stored
 from memopt.types.errors import RecomputeMismatchError
@@ -42,11 +45,13 @@ class Answer:
 
 @dataclass(slots=True)
 class RngState:
-    """States of the random generators that a region may draw from."""
+    """States of every random generator that a region may draw from without naming it."""
 
     cpu: Tensor
     device: torch.device | None
     cuda: Tensor | None
+    python: tuple[Any, ...]
+    numpy: Any
 
     @classmethod
     def capture(cls, device: torch.device) -> RngState:
@@ -56,6 +61,8 @@ class RngState:
             cpu=torch.get_rng_state(),
             device=device if on_cuda else None,
             cuda=torch.cuda.get_rng_state(device) if on_cuda else None,
+            python=random.getstate(),
+            numpy=np.random.get_state(legacy=False),  # noqa: NPY002 - the program's global one
         )
 
     def restore(self) -> None:
@@ -63,6 +70,8 @@ class RngState:
         torch.set_rng_state(self.cpu)
         if self.device is not None and self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002 - the program's global one
 
 
 class PreImage:
@@ -110,14 +119,14 @@ class InputSlot:
         self.stored = stored
         self.version = tensor._version
 
-    def land(self, region: str, *, keep: bool) -> Tensor:
+    def land(self, region: str) -> Tensor:
         """Return the tensor for recomputation, with the same place in a graph.
 
         A leaf stays the leaf itself. Others get a fresh tensor that requires grad and is no
         leaf either: autocast caches casts of leaves, and the op sequence must not change.
         """
         if self.stored is not None:
-            tensor = self.stored.take(keep=keep)
+            tensor = self.stored.take(keep=True)
         else:
             assert self.source is not None
             if self.source._version != self.version:
@@ -149,12 +158,22 @@ class _NonLeaf(torch.autograd.Function):
         return None, None
 
 
+def _buffers_of(module: Module) -> list[tuple[Module, str, Tensor]]:
+    return [
+        (owner, name, buffer)
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+
+
 class Frame:
     """One region call between its forward and its backward."""
 
     __slots__ = (
-        "__weakref__", "answers", "call_args", "inputs", "landed", "module", "name", "ops",
-        "parameters", "plain", "pre_images", "previous", "rng",
+        "__weakref__", "answers", "buffer_versions", "buffers", "call_args", "completed",
+        "generators", "inputs", "landed", "module", "name", "ops", "parameters", "plain",
+        "pre_images", "previous", "rng",
     )  # fmt: skip
 
     def __init__(self, name: str, module: torch.nn.Module, plain: Any, rng: RngState) -> None:
@@ -169,7 +188,39 @@ class Frame:
         self.call_args: list[Any] | None = None
         self.pre_images: list[PreImage] = []
         self.parameters = [(p, p._version) for p in module.parameters()]
+        self.buffers = _buffers_of(module)
+        self.buffer_versions: list[int] = []
+        self.generators: dict[torch.Generator, Tensor] = {}
+        self.completed = False
         self.previous: Any = None
+
+    def complete(self) -> None:
+        """The forward returned: from now on a change of what it read is a change too late."""
+        self.completed = True
+        self.buffer_versions = [b._version for _, _, b in self.buffers]
+
+    def check_buffers(self) -> None:
+        """Raise where a buffer that the forward only read was written since.
+
+        One that the forward wrote itself starts from its pre-image, whoever wrote it after.
+        """
+        if not self.completed:
+            return
+        own = {image.target.untyped_storage()._cdata for image in self.pre_images}
+        for (_, name, buffer), version in zip(self.buffers, self.buffer_versions, strict=True):
+            if buffer._version != version and buffer.untyped_storage()._cdata not in own:
+                raise RecomputeMismatchError(
+                    f"buffer {name!r} of region {self.name!r} was modified in place between "
+                    "forward and backward, so the recomputation would read other values; assign "
+                    "a new tensor instead of writing into it, or call backward first"
+                )
+
+    def swap_buffers(self) -> list[tuple[Module, str, Any]]:
+        """Put the buffers that the forward began with in place; return what stood there."""
+        later = [(m, n, m._buffers.get(n)) for m, n, _ in self.buffers]
+        for module, name, buffer in self.buffers:
+            module._buffers[name] = buffer
+        return later
 
     def check_parameters(self) -> None:
         """Raise where a weight is another one, or was written, since the forward."""

@@ -96,6 +96,9 @@ class ForwardMode(_RegionMode):
         self._ops.append(func)
         if facts.writes:
             self.before_write(facts, args, kwargs)
+        if kwargs and kwargs.get("generator") is not None:
+            generator = kwargs["generator"]
+            self.frame.generators.setdefault(generator, generator.get_state())
         out = func(*args, **(kwargs or {}))
         place = self._placements.get(position)
         if place is not None:

@@ -104,8 +104,17 @@ def without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, 
     return tuple(out_args), out_kwargs, changed
 
 
+def has_filled_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the call reads keys and values of earlier tokens: without them it is another call."""
+    return any(
+        value.get_seq_length() > 0
+        for value in (*args, *kwargs.values())
+        if _is_cache(type(value)) and hasattr(value, "get_seq_length")
+    )
+
+
 @functools.lru_cache(maxsize=1024)
-def _is_cache(kind: type) -> bool:
+def _is_cache(kind: Any) -> bool:
     return any(
         base.__module__ == "transformers.cache_utils" and base.__name__.endswith("Cache")
         for base in kind.__mro__

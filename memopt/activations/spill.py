@@ -181,7 +181,9 @@ class SpillStored:
 
     def prefetch(self) -> int:
         """Start the read when a staging buffer is free."""
-        if self._reading is None and self._home is None:
+        if self._extent is None:
+            return 0
+        if self._reading is None:
             buffer = self._area.stage(self.nbytes, wait=False)
             if buffer is None:
                 return 0
@@ -194,16 +196,22 @@ class SpillStored:
     def settle(self) -> None:
         """Read the tensor into memory and give its extent back."""
         if self._extent is not None:
-            self._home = self.take(keep=False)
+            self._home = self.take(keep=True)
+            self._free()
 
     def take(self, *, keep: bool) -> Tensor:
-        """Read back into a new tensor of the same shape and strides."""
+        """Read back into a new tensor of the same shape and strides.
+
+        The extent stays until the graph lets go of this object: another backward through the same
+        region may ask again.
+        """
+        del keep
         if self._home is not None:
-            return self._home.clone() if keep else self._home
+            return self._home.clone()
         if self._reading is None:
             buffer = self._area.stage(self.nbytes)
             if buffer is None:
-                return self._read_directly(keep=keep)
+                return self._read_directly()
             self._start(buffer)
         assert self._reading is not None
         ticket, buffer = self._reading
@@ -214,18 +222,14 @@ class SpillStored:
             flat_elements(tensor).copy_(buffer.tensor(self._dtype, (math.prod(self._shape),)))
         finally:
             buffer.release()
-        if not keep:
-            self._free()
         return tensor
 
-    def _read_directly(self, *, keep: bool) -> Tensor:
+    def _read_directly(self) -> Tensor:
         """Read into the tensor itself, where staging is all taken by reads ahead."""
         tensor = torch.empty_strided(self._shape, self._stride, dtype=self._dtype)
         memory = memoryview(flat_elements(tensor).view(torch.uint8).numpy())
         self._area.store.read(self._extent, memory).wait()
         self._moved.ssd_read_bytes += self.nbytes
-        if not keep:
-            self._free()
         return tensor
 
     def _start(self, buffer: HostBuffer) -> None:

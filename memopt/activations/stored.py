@@ -36,7 +36,10 @@ class Stored(Protocol):
         """Start bringing the tensor to the device; return the device bytes this took."""
 
     def take(self, *, keep: bool) -> Tensor:
-        """Return the tensor on the device; with `keep` it can be taken again."""
+        """Return the tensor on the device.
+
+        Without `keep`, what it holds of the device is given up: it may not be there again.
+        """
 
     def protect(self) -> None:
         """The program is about to write to the source: save the value as it is now."""
@@ -76,7 +79,7 @@ class DeviceStored:
     def take(self, *, keep: bool) -> Tensor:
         """Return the tensor; a private copy is copied again where it must serve twice."""
         tensor = self._tensor
-        assert tensor is not None, f"{self._label} was taken twice"
+        assert tensor is not None, f"{self._label} was given up before"
         if not self._private:
             self._check()
         if not keep:
