@@ -19,8 +19,8 @@ How many regions are untouched, how many inputs leave, and the window are search
 none helps; then single placements are moved, swapped or raised. All counts are bounded by numbers of simulations,
 never by a clock: equal inputs give equal plans.
 
-Attention comes first by its density (nearly all of a region's time in few bytes), and is stored where it costs
-nothing even if no time was measured for it.
+Attention comes first by its density: nearly all of a region's time at length, in few bytes; it is recomputed where
+its transfer would be exposed for longer than it runs, or where nothing else fits.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def items_of(model: StepModel) -> list[Item]:
         regions = tuple(k for k, m in enumerate(model.models) if m.kind == kind)
         first = model.models[regions[0]]
         for index, (op, gain) in enumerate(zip(first.region.ops, first.gains_s, strict=True)):
-            if op.placeable and op.nbytes > 0 and (gain > 0 or op.kind == "attention"):
+            if op.placeable and op.nbytes > 0 and gain > 0:
                 attention = op.kind == "attention"
                 found.append(Item(index, gain, op.nbytes, attention, regions))
     return sorted(
@@ -128,7 +128,7 @@ class Search:
     def store(self, best: Candidate, item: Item, where: Placement, *, hidden: bool) -> Candidate:
         """Return `best` with `item` stored at `where` in the number of regions that serves best.
 
-        `hidden` asks that no wait be added; otherwise the step must get shorter (or stay as short, for attention).
+        `hidden` asks that no wait be added; otherwise the step must get shorter.
         """
         free = [
             k

@@ -10,13 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 
 import pulp
 
 from memopt.plan.cost import build
 
 
-def lower_bound_s(trace, hardware, *, usable_device_bytes, host_bytes):
+def lower_bound_s(*args, **kwargs):
+    """Return the optimum of the relaxation in seconds; see `_solve`."""
+    with warnings.catch_warnings():  # PuLP 3 announces PuLP 4 in every call
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return _solve(*args, **kwargs)
+
+
+def _solve(trace, hardware, *, usable_device_bytes, host_bytes):
     """Return the optimum of the relaxation in seconds. All regions must have the same ops."""
     model = build(trace, hardware)
     count = len(model.models)
