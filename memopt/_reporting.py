@@ -58,7 +58,7 @@ def make_report(
         ),
         placements=_placements(trace, plan),
         resident_bytes=peak_resident_bytes(),
-        device_reserved_bytes=torch.cuda.max_memory_reserved(device) if on_cuda else None,
+        device_reserved_bytes=getattr(resources.meter, "reserved_peak_bytes", None),
         device_context_bytes=_context_bytes(device) if on_cuda else None,
         plan=plan.solver,
         notes=tuple(dict.fromkeys(notes)),

@@ -133,7 +133,8 @@ class Steps:
         self.peak_bytes = max(self.peak_bytes, self._peak())
 
     def _peak(self) -> int:
-        return self._meter.take_peak()
+        """Peak of the phase that ends; PyTorch's counters are reset in the traced step only."""
+        return self._meter.take_peak() if self.num_steps == 0 else self._meter.peak()
 
     # - Results
 

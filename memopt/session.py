@@ -393,7 +393,7 @@ def _check_model(model: Module) -> None:
 
 def _read_plan(plan: str | Path | Plan) -> str | Plan:
     if isinstance(plan, Plan) or plan == "auto" or plan in _UNIFORM:
-        return plan  # type: ignore[return-value]
+        return plan
     if isinstance(plan, (str, Path)) and Path(plan).exists():
         return Plan.load(plan)
     raise ConfigError(

@@ -125,4 +125,4 @@ class RecomputeContext:
 
 def _keeps_graph() -> bool:
     """Whether this backward may be followed by another through the same graph."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())  # type: ignore[attr-defined]
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memopt.activations.tensors import flat_elements, nbytes_of, shared_alias
-from memopt.io import ExtentStoreFull
+from memopt.io import ExtentStoreFull, RawBuffer
 from memopt.memory.pinned import HostBuffer
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ class CudaSpillStored:
             return
         self._write.wait()
         flat = torch.empty(self.nbytes, dtype=torch.uint8)
-        self._area.store.read(self._extent, memoryview(flat.numpy())).wait()
+        memory = RawBuffer(address=flat.data_ptr(), nbytes=self.nbytes, owner=flat)
+        self._area.store.read(self._extent, memory).wait()
         self._home = flat.view(self._dtype)
         self._free()
 

@@ -128,4 +128,4 @@ def draws_numbers(facts: OpFacts, func: Any, args: tuple[Any, ...], kwargs: dict
         if facts.dropout_arg < len(args)
         else kwargs.get(argument.name, argument.default_value)
     )
-    return value != 0.0
+    return bool(value != 0.0)

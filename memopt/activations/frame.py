@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn import Module
 
 from memopt.activations.stored import Stored
@@ -103,7 +104,7 @@ def swap_out(images: list[PreImage]) -> None:
 
 def _write(target: Tensor, value: Tensor) -> None:
     """Copy without a version bump: the program must not see that the value was ever gone."""
-    with torch.autograd._unsafe_preserve_version_counter(target), torch.no_grad():
+    with _unsafe_preserve_version_counter(target), torch.no_grad():
         target.copy_(value)
 
 
@@ -141,7 +142,7 @@ class InputSlot:
             tensor = tensor.detach()
         if not self.requires_grad:
             return tensor
-        return _NonLeaf.apply(torch.empty(0, requires_grad=True), [tensor])  # type: ignore[no-any-return,no-untyped-call]
+        return _NonLeaf.apply(torch.empty(0, requires_grad=True), [tensor])  # type: ignore[no-any-return]
 
 
 class _NonLeaf(torch.autograd.Function):

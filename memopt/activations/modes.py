@@ -175,12 +175,25 @@ class ForwardMode(_RegionMode):
 
     def _can_store(self, outputs: list[Any], args: tuple[Any, ...], kwargs: Any) -> bool:
         """Whether every output is a dense tensor of its own storage, or no tensor at all."""
-        sources = {storage_key(t) for t in tensors_in((args, kwargs)) if is_plain(t)}
-        return all(
-            is_plain(o) and is_dense(o) and (o.numel() == 0 or storage_key(o) not in sources)
-            for o in outputs
-            if isinstance(o, Tensor)
-        )
+        for output in outputs:
+            if not isinstance(output, Tensor):
+                continue
+            if not is_plain(output) or not is_dense(output):
+                return False
+            if output.numel() and _has_storage((args, kwargs), storage_key(output)):
+                return False
+        return True
+
+
+def _has_storage(value: Any, key: int) -> bool:
+    """Whether a tensor among an op's arguments has this storage."""
+    if isinstance(value, Tensor):
+        return is_plain(value) and storage_key(value) == key
+    if isinstance(value, (tuple, list)):
+        return any(_has_storage(item, key) for item in value)
+    if isinstance(value, dict):
+        return any(_has_storage(item, key) for item in value.values())
+    return False
 
 
 class RecomputeMode(_RegionMode):

@@ -94,7 +94,7 @@ class ObservedMode(ForwardMode):
     def __enter__(self) -> ObservedMode:
         """Push the mode and a pack hook in front of the checkpoint's."""
         super().__enter__()
-        top = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[arg-type]
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if top is not None:
             inner_pack, inner_unpack = top
 

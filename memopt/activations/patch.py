@@ -92,7 +92,7 @@ def without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, 
     changed = False
     out_args = list(args)
     for index, value in enumerate(args):
-        if _is_cache(type(value)):
+        if _is_cache(_kind(value)):
             out_args[index] = None
             changed = True
     out_kwargs = kwargs
@@ -109,8 +109,12 @@ def has_filled_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(
         value.get_seq_length() > 0
         for value in (*args, *kwargs.values())
-        if _is_cache(type(value)) and hasattr(value, "get_seq_length")
+        if _is_cache(_kind(value)) and hasattr(value, "get_seq_length")
     )
+
+
+def _kind(value: Any) -> Any:
+    return type(value)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -79,7 +79,7 @@ def output_bytes(children: list[Module], example: Tensor) -> list[int]:
         with torch.no_grad(), mode:
             value: Any = mode.from_tensor(example.detach())
             for child in children:
-                state = {
+                state: dict[str, Tensor] = {
                     n: mode.from_tensor(t.detach())
                     for n, t in child.state_dict(keep_vars=True).items()
                 }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from memopt.activations.stored import Label, Stored
 from memopt.activations.tensors import flat_elements, nbytes_of
-from memopt.io import ExtentStore, ExtentStoreFull
+from memopt.io import ExtentStore, ExtentStoreFull, RawBuffer
 from memopt.memory.pinned import HostBuffer, HostPool
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class SpillStored:
     def _read_directly(self) -> Tensor:
         """Read into the tensor itself, where staging is all taken by reads ahead."""
         tensor = torch.empty_strided(self._shape, self._stride, dtype=self._dtype)
-        memory = memoryview(flat_elements(tensor).view(torch.uint8).numpy())
+        memory = RawBuffer(address=tensor.data_ptr(), nbytes=self.nbytes, owner=tensor)
         self._area.store.read(self._extent, memory).wait()
         self._moved.ssd_read_bytes += self.nbytes
         return tensor

@@ -23,6 +23,8 @@ def is_plain(value: Any) -> bool:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory without gap or overlap, in any order."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     pairs = sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1)
     for stride, size in pairs:
@@ -38,7 +40,7 @@ def shared_alias(tensor: Tensor) -> Tensor:
     `detach` inside a dispatch mode starts a version counter of its own, and a later in-place
     write by the program would go unseen; with ADInplaceOrView let through it is shared.
     """
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # type: ignore[attr-defined]
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return tensor.detach()
 
 

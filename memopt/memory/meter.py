@@ -19,6 +19,9 @@ class Meter(Protocol):
     def take_peak(self) -> int:
         """Return the peak since the last call and start a new one."""
 
+    def peak(self) -> int:
+        """Return the peak since the last `take_peak`, which goes on."""
+
     def mark(self) -> Any:
         """A point in the device's time."""
 
@@ -42,6 +45,10 @@ class CpuMeter:
         self.accounted.reset_peak()
         return peak
 
+    def peak(self) -> int:
+        """Accounted peak so far."""
+        return self.accounted.peak_bytes
+
     def mark(self) -> float:
         """Seconds of a monotonic clock."""
         return time.perf_counter()
@@ -56,16 +63,23 @@ class CudaMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.reserved_peak_bytes = 0
 
     def current_bytes(self) -> int:
         """Allocated bytes."""
         return torch.cuda.memory_allocated(self.device)
 
     def take_peak(self) -> int:
-        """Allocated peak; resets PyTorch's own peak statistics."""
-        peak = torch.cuda.max_memory_allocated(self.device)
+        """Allocated peak; resets PyTorch's own peak statistics, which only a traced step does."""
+        peak = self.peak()
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
+
+    def peak(self) -> int:
+        """Allocated peak so far; the reserved one is kept beside it."""
+        reserved = torch.cuda.max_memory_reserved(self.device)
+        self.reserved_peak_bytes = max(self.reserved_peak_bytes, reserved)
+        return torch.cuda.max_memory_allocated(self.device)
 
     def mark(self) -> Any:
         """Record a timing event."""
