@@ -84,6 +84,7 @@ class Timer:
         self.cuda, self.block, self.blocks = device == "cuda", block, blocks
 
     def sync(self) -> None:
+        """Wait for the device."""
         if self.cuda:
             torch.cuda.synchronize()
 
@@ -217,7 +218,7 @@ def frugal_cases() -> dict[str, Callable[[dict[str, torch.nn.Parameter]], torch.
 
 
 def peer_cases() -> dict[str, Callable[[dict[str, torch.nn.Parameter]], torch.optim.Optimizer]]:
-    """torch's optimizers and every other that can be imported."""
+    """Return torch's optimizers and every other that can be imported."""
     cases: dict[str, Callable[[dict[str, torch.nn.Parameter]], torch.optim.Optimizer]] = {
         "torch AdamW fused": lambda p: torch.optim.AdamW(list(p.values()), lr=1e-4, fused=True),
         "torch AdamW foreach": lambda p: torch.optim.AdamW(list(p.values()), lr=1e-4, foreach=True),
@@ -329,7 +330,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 continue
             try:
                 times[name] = run_case(make, shapes, dtype, timer, device)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - a peer that fails is a result
                 times[name] = {"error": f"{type(error).__name__}: {error}"[:400]}
             sys.stdout.write(f"{label} {name}: {times[name].get('ms', times[name])}\n")
             sys.stdout.flush()

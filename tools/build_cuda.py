@@ -1,3 +1,4 @@
+# ruff: noqa: INP001, S603 - a script outside of the package; the commands are made here
 """Build `libmemopt_cuda.so` with nvcc, for the torch of this Python or any later one.
 
     python tools/build_cuda.py [--arch 90] [--out DIRECTORY]
@@ -53,7 +54,13 @@ def build(out: Path, archs: list[str]) -> Path:
     nvcc, torch_home = find_nvcc(), torch_directory()
     objects = out / "objects"
     objects.mkdir(parents=True, exist_ok=True)
-    version = (torch_home / "version.py").read_text().split("__version__ = ")[1].split("\n")[0].strip("'\"")
+    version = (
+        (torch_home / "version.py")
+        .read_text()
+        .split("__version__ = ")[1]
+        .split("\n")[0]
+        .strip("'\"")
+    )
     info = f"CUDA {nvcc_version(nvcc)}, sm_{'+sm_'.join(archs)}, built on torch {version}, needs torch >= 2.11"
     flags = [
         "-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden",

@@ -133,7 +133,12 @@ def _strata_slots(f: dict[Field, int], element: Tensor) -> Tensor:
 
 
 def _full_update(
-    g: Tensor, moments: list[Tensor], rule: int, step_size: float, denom_scale: float, numbers: Sequence[float]
+    g: Tensor,
+    moments: list[Tensor],
+    rule: int,
+    step_size: float,
+    denom_scale: float,
+    numbers: Sequence[float],
 ) -> Tensor:
     _, _, beta1_rest, beta2_rest, eps = numbers
     if rule == 0:
@@ -147,6 +152,12 @@ def _full_update(
     moments[0] *= 1.0 - beta1_rest
     moments[0] += g
     return -step_size * moments[0]
+
+
+def _free_direction(g: Tensor, rule: int) -> Tensor:
+    if rule == 0:
+        return sign(g)
+    return g if rule == 1 else torch.zeros_like(g)
 
 
 class _State:
@@ -204,10 +215,13 @@ def frugal_step_reference(  # noqa: PLR0913, PLR0917 - the operator's schema
     """Do the step of all segments that `chunks` names; see `csrc/cuda/launchers.h`.
 
     Args:
-        weights, grads: contiguous tensors of one dtype.
+        weights: contiguous tensors of one dtype.
+        grads: their gradients, contiguous, of the same dtype.
         state: the arena's arrays: moments, or (codes, scales) for each moment.
         compensations: one a weight for rounding kahan, else empty.
-        segments, chunks, index: the tables.
+        segments: int64 [S, 12], see `Field`.
+        chunks: int32 [C], the segment of every chunk.
+        index: int32, the draws of columns and rows.
         step_sizes: lr * scale / (1 - beta1^t) of each tensor.
         denom_scales: 1 / sqrt(1 - beta2^t) of each tensor.
         numbers: decay, free_step, 1 - beta1, 1 - beta2, eps.
@@ -225,8 +239,7 @@ def frugal_step_reference(  # noqa: PLR0913, PLR0917 - the operator's schema
         moment_key = (row[Field.TAG] ^ MOMENT_TAG) | (call << 32)
         run = slice(start, start + size)
         g = grads[tensor].view(-1)[run].float() * (-1.0 if maximize else 1.0)
-        update = {0: lambda g: sign(g), 1: lambda g: g, 2: torch.zeros_like}[free_rule](g)
-        update = update * -numbers[1]
+        update = _free_direction(g, free_rule) * -numbers[1]
         at = slots_of(row, index, g.device)
         has_state = (at >= 0).nonzero().view(-1)
         at = at[has_state]
@@ -245,7 +258,12 @@ def frugal_step_reference(  # noqa: PLR0913, PLR0917 - the operator's schema
 
 
 def _store_weight(
-    weight: Tensor, compensation: Tensor | None, update: Tensor, decay: float, key: int | None, start: int
+    weight: Tensor,
+    compensation: Tensor | None,
+    update: Tensor,
+    decay: float,
+    key: int | None,
+    start: int,
 ) -> None:
     value = weight.float() if compensation is None else weight.float() + compensation.float()
     value = value + (update - decay * value)

@@ -2,7 +2,8 @@
 
 A block's scale is its largest magnitude. The codes are companded, as small numbers matter in an
 Adam denominator: a first moment is stored as `sign(x) sqrt(|x| / scale)` on 255 levels (two's
-complement), a second moment as its fourth root on 256 levels; code 0 is 0. The smallest non-zero code is 6e-5 of the scale for the
+complement), a second moment as its fourth root on 256 levels; code 0 is 0.
+The smallest non-zero code is 6e-5 of the scale for the
 first and 2e-10 for the second moment, and a second moment that is not zero never becomes zero
 (which would turn the step into `m / eps`). Per number: 1 + 4/256 bytes.
 Blockwise 8-bit state is from "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861);

@@ -27,7 +27,9 @@ def stochastic_bits(value: Tensor, random16: Tensor) -> Tensor:
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
 
 
-def store_stochastic(target: Tensor, value: Tensor, key: int, start: int, *, shift: int = 0) -> None:
+def store_stochastic(
+    target: Tensor, value: Tensor, key: int, start: int, *, shift: int = 0
+) -> None:
     """Write float32 `value` into bfloat16 `target`; element i uses the bits of `start + i`."""
     index = torch.arange(start, start + value.numel(), device=value.device)
     random16 = random_bits(key, index).bitwise_right_shift_(shift).bitwise_and_(0xFFFF)

@@ -126,7 +126,8 @@ class Bucket:
     def _allocate_bases(self, density: float) -> list[Tensor | None]:
         shapes = []
         for e in self.entries:
-            rank = e.selection.rank(e.rows, e.columns, density) if _is_low_rank(e) else 0
+            kind = e.selection
+            rank = kind.rank(e.rows, e.columns, density) if isinstance(kind, LowRank) else 0
             shapes.append((rank, min(e.rows, e.columns)))
         flat = torch.zeros(sum(a * b for a, b in shapes), dtype=self.dtype, device=self.device)
         bases, position = [], 0
@@ -161,7 +162,9 @@ class Bucket:
             if not _is_low_rank(entry):
                 by_selection[entry.selection.name].append(i)
         for members in by_selection.values():
-            choices = [self._choice(self.entries[i], settings, round_, density, None) for i in members]
+            choices = [
+                self._choice(self.entries[i], settings, round_, density, None) for i in members
+            ]
             chosen = self.entries[members[0]].selection.choose_many(choices)
             for i, part in zip(members, chosen, strict=True):
                 parts[i] = part

@@ -32,7 +32,7 @@ def load(optimizer: Frugal, state_dict: Mapping[str, Any]) -> None:
             f"the state has parameter groups of sizes {[len(g['params']) for g in saved_groups]},"
             f" this optimizer {[len(g['params']) for g in groups]}: build it with the same groups"
         )
-    by_id = {}
+    by_id: dict[Any, Tensor] = {}
     for group, saved in zip(groups, saved_groups, strict=True):
         by_id.update(zip(saved["params"], group["params"], strict=True))
         missing = sorted(group.keys() - saved.keys() - {"param_names"})
@@ -93,10 +93,10 @@ def regroup(old: GroupState, members: Sequence[Tensor], names: dict[Tensor, str]
             continue
         new.state[param][STEP] = step
         start, dtype = before.offsets[j], torch.float32 if before.arena.quantized else before.dtype
-        values = before.arena.load(start, start + old_part.num_slots, dtype)
+        moments = before.arena.load(start, start + old_part.num_slots, dtype)
         carried = [
             new_part.carry(old_part, value, signed=moment.signed)
-            for moment, value in zip(before.arena.moments, values, strict=True)
+            for moment, value in zip(before.arena.moments, moments, strict=True)
         ]
         bucket.arena.save(bucket.offsets[i], carried, None)
     return new

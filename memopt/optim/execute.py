@@ -72,7 +72,8 @@ def _update_in_torch(
     limit = None
     if impl != "reference":
         limit = CPU_TILE if bucket.device.type == "cpu" else DEVICE_TILE
-    jobs, strided = [], []
+    jobs: list[Job] = []
+    strided: list[Job] = []
     for i in indices:
         job = _make_job(state, bucket, i)
         (jobs if job.weight.is_contiguous() else strided).append(job)
@@ -151,7 +152,11 @@ def tables_for(bucket: Bucket, indices: Sequence[int], settings: Settings) -> na
 
 
 def _tick(
-    state: GroupState, bucket: Bucket, tables: native.Tables, settings: Settings, full: StateFullRule
+    state: GroupState,
+    bucket: Bucket,
+    tables: native.Tables,
+    settings: Settings,
+    full: StateFullRule,
 ) -> Tensor:
     clock = bucket.clocks.get(tables.indices)
     if clock is None:

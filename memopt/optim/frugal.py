@@ -241,7 +241,7 @@ class Frugal(Optimizer):
         if self.state or self._groups:
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not params or any(bool(local_part(p.grad).any()) for p in params):  # type: ignore[arg-type]
+        if not params or any(bool(local_part(p.grad).any()) for p in params):
             return False
         self._probed = True
         for group in self.param_groups:
@@ -311,7 +311,9 @@ def _check_param(param: Tensor, settings: Settings) -> None:
             f"Frugal does not take complex parameters (shape {tuple(param.shape)}): pass their real view"
         )
     if settings.rounding == "stochastic" and param.dtype == torch.float16:
-        raise ValueError("rounding='stochastic' is for bfloat16 weights; float16 has 'nearest', 'kahan'")
+        raise ValueError(
+            "rounding='stochastic' is for bfloat16 weights; float16 has 'nearest', 'kahan'"
+        )
 
 
 def _check_grad(param: Tensor) -> None:

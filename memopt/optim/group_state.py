@@ -36,7 +36,11 @@ class GroupState:
     """
 
     def __init__(
-        self, group: dict[str, Any], state: State, params: Iterable[Tensor], names: dict[Tensor, str]
+        self,
+        group: dict[str, Any],
+        state: State,
+        params: Iterable[Tensor],
+        names: dict[Tensor, str],
     ) -> None:
         self.group, self.state = group, state
         settings = self.settings()
@@ -79,7 +83,9 @@ class GroupState:
                     bucket.basis_rounds[i] = int(shown.setdefault(BASIS_ROUND, -1))
                 local = local_part(entry.param)
                 if self._needs_compensation(local) and COMPENSATION not in shown:
-                    shown[COMPENSATION] = torch.zeros_like(local, memory_format=torch.contiguous_format)
+                    shown[COMPENSATION] = torch.zeros_like(
+                        local, memory_format=torch.contiguous_format
+                    )
                 views = self._views(bucket, i)
                 self._take_over(entry, shown, views)
                 self._remember(bucket, i, shown, views)

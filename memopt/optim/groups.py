@@ -74,7 +74,7 @@ def _group_bytes(group: dict[str, Any], moment_bytes: int) -> int:
 
     params = [param for _, param in group["params"]]
     if not group.get("split", True):
-        return moment_bytes * sum(param.numel() for param in params)
+        return moment_bytes * int(sum(param.numel() for param in params))
     density, kind = group["density"], group.get("selection", "blocks")
     if kind == "blocks":
         return moment_bytes * share(density, sum(param.numel() for param in params))
@@ -143,7 +143,9 @@ def _roles(model: nn.Module) -> dict[str, str]:
     embedded = {
         id(p) for m in model.modules() if isinstance(m, _EMBEDDINGS) for p in m.parameters()
     }
-    matrices = [name for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in embedded]
+    matrices = [
+        name for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in embedded
+    ]
     last = matrices[-1] if matrices else ""
     roles = {}
     for name, param in model.named_parameters():

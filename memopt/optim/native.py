@@ -28,7 +28,7 @@ _SIZE, _FIRST_CHUNK = int(Field.SIZE), int(Field.FIRST_CHUNK)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def refusal(
+def refusal(  # noqa: PLR0911 - one return a reason
     bucket: Bucket, settings: Settings, full: StateFullRule, free: StateFreeRule
 ) -> str:
     """Return why the kernel cannot step a bucket; empty when it can."""
@@ -130,7 +130,18 @@ def _segments_of(bucket: Bucket, tensor: int, i: int, index_at: int) -> list[lis
 
     def row(kind: int, start: int, size: int, *draw: int) -> list[int]:
         """One segment, in the order of `Field`; `draw` is A, B, KEY, OFFSET."""
-        return [tensor, kind, start, size, origin, 0, origin, entry.tag, *draw, *[0] * (4 - len(draw))]
+        return [
+            tensor,
+            kind,
+            start,
+            size,
+            origin,
+            0,
+            origin,
+            entry.tag,
+            *draw,
+            *[0] * (4 - len(draw)),
+        ]
 
     if isinstance(part, LeadingRows):
         full = part.num_slots

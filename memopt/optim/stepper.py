@@ -194,9 +194,7 @@ def _update_full(
         [value.view(full.shape) for value in values]
         for values, full in zip(loaded, taken, strict=True)
     ]
-    hyper = Hyper(
-        lr=context.lr * s.full_scale, beta1=s.betas[0], beta2=s.betas[1], eps=s.eps
-    )
+    hyper = Hyper(lr=context.lr * s.full_scale, beta1=s.betas[0], beta2=s.betas[1], eps=s.eps)
     gathered = [piece.tile.cut.gather(grad) for piece, grad in zip(batch, grads, strict=True)]
     by_moment = [list(column) for column in zip(*shaped, strict=True)]
     context.full.update(taken, gathered, by_moment, [piece.job.step for piece in batch], hyper)

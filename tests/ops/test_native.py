@@ -38,7 +38,9 @@ def test_a_missing_library_names_the_remedy():
         "print(torch.ops.memopt.frugal_step.default._schema)\n"
     )
     env = {**os.environ, "MEMOPT_CUDA_LIBRARY": "/nowhere/lib.so"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, cwd=ROOT
+    )
     assert "tools/build_cuda.py" in done.stdout
     assert NativeUnavailable.__name__ in done.stdout
     assert frugal_step.SCHEMA in done.stdout
@@ -48,26 +50,34 @@ def test_a_missing_library_names_the_remedy():
 def test_schemas_of_library_and_python_agree():
     native.require_library()
     assert str(torch.ops.memopt.frugal_step.default._schema) == "memopt::" + frugal_step.SCHEMA
-    assert str(torch.ops.memopt.frugal_clock.default._schema) == "memopt::" + frugal_step.CLOCK_SCHEMA
+    assert (
+        str(torch.ops.memopt.frugal_clock.default._schema) == "memopt::" + frugal_step.CLOCK_SCHEMA
+    )
 
 
 @needs_library
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 def test_library_needs_only_the_stable_abi_cuda_and_libc():
-    done = subprocess.run(["nm", "-D", "--undefined-only", status.path], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["nm", "-D", "--undefined-only", status.path], capture_output=True, text=True, check=True
+    )
     names = [line.split()[-1] for line in done.stdout.splitlines()]
     versioned = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_")
     allowed = ("aoti_torch_", "torch_", "cuda", "__cuda", "_ITM_", "__gmon_start__")
     strangers = [n for n in names if not versioned.search(n) and not n.startswith(allowed)]
     assert strangers == []
-    weak = [line for line in done.stdout.splitlines() if "aoti_torch_get_current_cuda_stream" in line]
+    weak = [
+        line for line in done.stdout.splitlines() if "aoti_torch_get_current_cuda_stream" in line
+    ]
     assert weak
     assert all(" w " in line for line in weak)  # else a CPU build of torch could not load it
 
 
 @needs_library
 def test_library_exports_its_launchers_only():
-    done = subprocess.run(["nm", "-D", "--defined-only", status.path], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["nm", "-D", "--defined-only", status.path], capture_output=True, text=True, check=True
+    )
     names = {line.split()[-1] for line in done.stdout.splitlines() if " T " in line}
     assert {name for name in names if name.startswith("memopt")} >= {"memopt_cuda_build_info"}
 

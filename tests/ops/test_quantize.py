@@ -22,7 +22,9 @@ def test_round_trip_error(size, signed, exponent):
     scale = scales.repeat_interleave(BLOCK)[:size]
     unit = (value.abs() / scale).clamp(0, 1)
     # half a level, in the companded domain: d(unit) = 2 sqrt(unit)/254 or 4 unit^(3/4)/510
-    bound = unit.sqrt() / 127 + 1 / 127**2 if signed else 4 * unit**0.75 / 510 + 2e-4 * unit**0.5 + 1e-9
+    bound = (
+        unit.sqrt() / 127 + 1 / 127**2 if signed else 4 * unit**0.75 / 510 + 2e-4 * unit**0.5 + 1e-9
+    )
     assert ((back - value).abs() <= bound * scale * 1.01 + 1e-45).all()
 
 

@@ -6,13 +6,24 @@ import torch
 
 from memopt.optim import Frugal
 
-SHAPES = [(96, 256), (33, 20), (256, 512), (30,), (4, 3, 5), (70, 300), (3000, 64), (1,), (512, 256)]
+SHAPES = [
+    (96, 256),
+    (33, 20),
+    (256, 512),
+    (30,),
+    (4, 3, 5),
+    (70, 300),
+    (3000, 64),
+    (1,),
+    (512, 256),
+]
 
 
 def make_params(dtype, shapes=SHAPES, seed=0, device="cuda"):
     generator = torch.Generator(device=device).manual_seed(seed)
     return [
-        torch.nn.Parameter(torch.randn(s, generator=generator, device=device).to(dtype)) for s in shapes
+        torch.nn.Parameter(torch.randn(s, generator=generator, device=device).to(dtype))
+        for s in shapes
     ]
 
 
@@ -174,5 +185,7 @@ def run_all():
         record(f"cuda graph/{selection}", worst, worst <= 1e-6)
     state, grown, peak = memory_of_steps()
     budget = 6 * 4096 * 4096 * 2
-    record("memory/blocks", [state, grown, peak], grown <= 0 and peak <= 0.01 * (2 * budget + state))
+    record(
+        "memory/blocks", [state, grown, peak], grown <= 0 and peak <= 0.01 * (2 * budget + state)
+    )
     return results, failures

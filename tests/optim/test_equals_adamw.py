@@ -55,9 +55,7 @@ def test_groups_that_are_not_split_are_adamw(dtype):
 @pytest.mark.parametrize("selection", ["blocks", "columns", "coordinates", "svd"])
 def test_density_zero_is_sign_sgd(selection):
     ours, theirs = two_copies(torch.float32)
-    frugal = Frugal(
-        ours, lr=1e-2, weight_decay=0.1, density=0.0, selection=selection, update_gap=2
-    )
+    frugal = Frugal(ours, lr=1e-2, weight_decay=0.1, density=0.0, selection=selection, update_gap=2)
     for _ in range(5):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn_like(a)

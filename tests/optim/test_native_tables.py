@@ -61,9 +61,7 @@ def test_tables_say_what_the_reference_does(native_on_cpu, selection, full, on_s
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
 @pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates"])
 def test_low_precision_weights_are_the_same_bits(native_on_cpu, selection, rounding):
-    sides = pair(
-        torch.bfloat16, selection=selection, rounding=rounding, update_gap=3, density=0.3
-    )
+    sides = pair(torch.bfloat16, selection=selection, rounding=rounding, update_gap=3, density=0.3)
     different = total = 0
     for _ in run_both(sides):
         for a, b in zip(sides[0][0], sides[1][0], strict=True):

@@ -362,7 +362,9 @@ def test_add_param_group_and_thawed_parameters():
     assert not torch.equal(before, params[1])
     assert optimizer.param_groups[1]["calls"] == 7
     with pytest.raises(ValueError, match="density"):
-        optimizer.add_param_group({"params": [("x", torch.nn.Parameter(torch.ones(2)))], "density": 2.0})
+        optimizer.add_param_group(
+            {"params": [("x", torch.nn.Parameter(torch.ones(2)))], "density": 2.0}
+        )
     assert len(optimizer.param_groups) == 2
 
 

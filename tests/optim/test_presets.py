@@ -56,7 +56,11 @@ def test_galore():
                 basis = vh[:rank] if right else vh[:rank].T
                 _, m, v = memory.get(name, (None, None, None))
                 shape = (g.shape[0], rank) if right else (rank, g.shape[1])
-                memory[name] = (basis, torch.zeros(shape) if m is None else m, torch.zeros(shape) if v is None else v)
+                memory[name] = (
+                    basis,
+                    torch.zeros(shape) if m is None else m,
+                    torch.zeros(shape) if v is None else v,
+                )
             basis, m, v = memory[name]
             low = g @ basis.T if right else basis.T @ g
             n = adam(low, m, v, step + 1)
@@ -112,7 +116,9 @@ def test_scale():
         optimizer.step()
         for name, w in weights.items():
             if w.dim() == 2:
-                torch.testing.assert_close(model.get_parameter(name).detach(), w, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(
+                    model.get_parameter(name).detach(), w, rtol=1e-5, atol=1e-6
+                )
         torch.testing.assert_close(model.norm.weight, vectors.weight, rtol=1e-5, atol=1e-6)
     norms, head = 2 * 8, 11 * 8
     assert optimizer.state_bytes() == 8 * norms + 4 * head

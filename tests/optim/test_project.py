@@ -24,7 +24,10 @@ def moments(optimizer, p):
 @pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates"])
 def test_what_stays_chosen_keeps_its_moments(selection, order, quantize):
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(s)) for s in [(16, 32), (32, 16), (8, 64), (64, 24), (30, 10)]]
+    params = [
+        torch.nn.Parameter(torch.randn(s))
+        for s in [(16, 32), (32, 16), (8, 64), (64, 24), (30, 10)]
+    ]
     optimizer = Frugal(params, density=0.5, selection=selection, update_gap=3, lr=0.0, order=order,
                        on_switch="project", quantize=quantize, betas=(0.0, 0.0))  # fmt: skip
     kept_some = False

@@ -47,7 +47,9 @@ def test_tiles_cover_every_element_once_and_slots_in_order(
             assert tile.slot == len(slots)
             slots += chosen.reshape(-1).tolist()
             if tile.cut.has_free:
-                assert not set(tile.cut.complement(tile.grad).reshape(-1).tolist()) - {0.0} & set(slots)
+                assert not set(tile.cut.complement(tile.grad).reshape(-1).tolist()) - {0.0} & set(
+                    slots
+                )
     assert bool((count == 1).all())
     assert len(slots) == part.num_slots == len(set(slots))
     mask = part.mask(rows, columns)

@@ -27,7 +27,10 @@ def llama(hidden, ffn, layers):
     for _ in range(layers):
         split += [(hidden, hidden)] * 4 + [(ffn, hidden)] * 2 + [(hidden, ffn)]
         full += [(hidden,)] * 2
-    return [[torch.nn.Parameter(torch.empty(s, device="meta")) for s in shapes] for shapes in (split, full)]
+    return [
+        [torch.nn.Parameter(torch.empty(s, device="meta")) for s in shapes]
+        for shapes in (split, full)
+    ]
 
 
 def state_bytes_of(hidden, ffn, layers, selection, density=0.25):

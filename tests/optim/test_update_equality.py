@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from memopt.optim import Frugal
 from tests.optim.plain_frugal import Plain
 
@@ -42,7 +43,9 @@ def leaves_out(free, plain, p):
     g2 = matrix(p)
     near = near if g2.shape[0] >= g2.shape[1] else near.T
     # an uncertain sign reaches the other elements through `s - P^T P s`: its whole line is left out
-    lines = near.any(dim=1, keepdim=True) if g2.shape[0] >= g2.shape[1] else near.any(0, keepdim=True)
+    lines = (
+        near.any(dim=1, keepdim=True) if g2.shape[0] >= g2.shape[1] else near.any(0, keepdim=True)
+    )
     return lines.expand_as(g2).reshape(p.shape)
 
 

@@ -30,7 +30,7 @@ class AdaFrugalSchedule:
         ValueError: for densities above what the state was allocated for.
     """
 
-    def __init__(  # noqa: PLR0913 - the schedule's numbers
+    def __init__(
         self,
         optimizer: Frugal,
         *,
@@ -83,7 +83,11 @@ class AdaFrugalSchedule:
 
 
 def adafrugal(
-    groups: Iterable[dict[str, Any]], lr: float = 1e-3, *, schedule: dict[str, Any] | None = None, **settings: Any
+    groups: Iterable[dict[str, Any]],
+    lr: float = 1e-3,
+    *,
+    schedule: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> tuple[Frugal, AdaFrugalSchedule]:
     """Return (optimizer, schedule); `schedule` holds arguments of `AdaFrugalSchedule`."""
     schedule = schedule or {}

@@ -63,7 +63,12 @@ register_state_free(EmbeddingNormalized())
 
 
 def scale(
-    model: nn.Module, lr: float = 1e-3, *, momentum: float = 0.9, adam_lr: float | None = None, **settings: Any
+    model: nn.Module,
+    lr: float = 1e-3,
+    *,
+    momentum: float = 0.9,
+    adam_lr: float | None = None,
+    **settings: Any,
 ) -> Frugal:
     """Return SCALE for a model: head with momentum, other matrices without, vectors AdamW.
 

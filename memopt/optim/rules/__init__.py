@@ -17,7 +17,9 @@ _FREE: dict[str, StateFreeRule] = {
 }
 
 
-def _find(kind: str, rules: dict[str, StateFullRule] | dict[str, StateFreeRule], name: str) -> object:
+def _find(
+    kind: str, rules: dict[str, StateFullRule] | dict[str, StateFreeRule], name: str
+) -> object:
     if name not in rules:
         raise ValueError(f"{kind}={name!r} is not known: choose one of {', '.join(rules)}")
     return rules[name]

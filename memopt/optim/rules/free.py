@@ -8,7 +8,9 @@ from torch import Tensor
 from memopt.ops.signs import sign
 from memopt.optim.rules.base import StateFreeRule
 
-_NORM_FLOOR = 1e-8  # an all-zero column stays zero; no other norm of a training gradient is this small
+_NORM_FLOOR = (
+    1e-8  # an all-zero column stays zero; no other norm of a training gradient is this small
+)
 
 
 class Sign(StateFreeRule):
@@ -51,7 +53,8 @@ def column_normalized(grad: Tensor, dim: int) -> Tensor:
         norm = torch.linalg.vector_norm(grad, dtype=dtype)
     else:
         norm = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=dtype)
-    return grad / norm.clamp_min(_NORM_FLOOR).to(grad.dtype)
+    unit: Tensor = grad / norm.clamp_min(_NORM_FLOOR).to(grad.dtype)
+    return unit
 
 
 class ColumnNormalized(StateFreeRule):

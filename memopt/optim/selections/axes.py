@@ -75,7 +75,7 @@ class ChosenRows(Part):
 
     @cached_property
     def _rows(self) -> list[int]:
-        return self.index.tolist()  # type: ignore[no-any-return]
+        return self.index.tolist()
 
     def tiles(self, weight: Tensor, grad: Tensor, limit: int | None, align: int) -> Iterator[Tile]:
         """Cut between chosen rows, so that a tile's slots are a run of the state."""

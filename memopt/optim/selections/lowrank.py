@@ -107,7 +107,8 @@ class SingularBasis(LowRank):
         assert choice.grad is not None
         grad = choice.grad.T if choice.rows < choice.columns else choice.grad
         _, _, right = torch.linalg.svd(grad.float(), full_matrices=False)
-        return right[:rank].contiguous()
+        basis: Tensor = right[:rank].contiguous()
+        return basis
 
     def describe(self) -> str:
         """One line for tables."""
@@ -125,7 +126,8 @@ class RandomBasis(LowRank):
         generator.manual_seed(choice.key & (2**63 - 1))
         size = min(choice.rows, choice.columns)
         draw = torch.randn(size, rank, generator=generator, device=choice.device)
-        return torch.linalg.qr(draw).Q.T.contiguous()
+        basis: Tensor = torch.linalg.qr(draw).Q.T.contiguous()
+        return basis
 
     def describe(self) -> str:
         """One line for tables."""
