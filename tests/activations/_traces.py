@@ -72,7 +72,7 @@ class Traces:
     def figures() -> tuple[int, int, int, int]:
         """Live tensor bytes, threads, open files and objects of memopt's own classes."""
         gc.collect()
-        objects = sum(type(o).__module__.startswith("memopt") for o in gc.get_objects())
+        objects = sum(str(type(o).__module__).startswith("memopt") for o in gc.get_objects())
         return _live_tensor_bytes(), threading.active_count(), sum(_open_files().values()), objects
 
     def check(self) -> None:
