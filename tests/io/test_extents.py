@@ -4,13 +4,14 @@ import contextlib
 import errno
 import os
 import random
+import threading
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from memopt.io import ExtentStore, ExtentStoreFull, open_engine
+from memopt.io import ExtentStore, ExtentStoreFull, open_engine, threads
 from tests.io.conformance import MIB, num_threads, open_fds, pages, soon
 from tests.io.test_uring import make_engine
 
@@ -78,6 +79,32 @@ def test_read_waits_for_the_write_in_flight(tmp_path, engine):
             store.write(other, data)
             store.read(other, back).wait()
             assert back == data
+
+
+def test_space_is_not_reused_under_a_transfer(tmp_path, monkeypatch):
+    gate, real = threading.Event(), threads._call
+
+    def held(*args, **kwargs):
+        assert gate.wait(20)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(threads, "_call", held)
+    with ExtentStore([(tmp_path, 2 * MIB)], "threads") as store:
+        first, data = store.alloc(MIB), pages(MIB)
+        store.write(first, pages(MIB))
+        store.free(first)
+        second = store.alloc(MIB)
+        assert second.runs[0].offset != first.runs[0].offset
+        assert store.stats().in_use_bytes == 2 * MIB  # the disk is still busy with the first
+        threading.Timer(0.2, gate.set).start()
+        third = store.alloc(
+            MIB
+        )  # the budget is used up: waits for that transfer, then takes its place
+        assert third.runs == first.runs
+        store.write(third, data)
+        back = bytearray(MIB)
+        store.read(third, back).wait()
+        assert back == data
 
 
 def test_parts_of_an_extent(tmp_path, engine):
