@@ -35,7 +35,7 @@ DEFAULT_BLOCK_BYTES = 1 << 20
 _SIGNAL_CHECK_S = 0.1
 _REASONS = {
     errno.EPERM: "the kernel or a container's seccomp profile forbids it (allow the io_uring_* system calls)",
-    errno.ENOSYS: "this kernel has no io_uring (Linux 5.19 or newer is needed)",
+    errno.ENOSYS: "this kernel has no io_uring",
     errno.EACCES: "the kernel.io_uring_disabled setting forbids it",
 }
 
