@@ -337,4 +337,5 @@ def test_cuda_phases(where, monkeypatch):
     )
     assert phases.after_clearing <= slack
     if where == "host":
-        assert NUM_BLOCKS * Y <= phases.host <= NUM_BLOCKS * Y + 2 * Y + slack
+        # blocks of the traced step, which moves the inputs, may still be in the pool
+        assert NUM_BLOCKS * Y <= phases.host <= NUM_BLOCKS * (X + Y) + 2 * Y + slack
