@@ -26,7 +26,8 @@ from memopt.optim import checkpoint
 from memopt.optim.execute import begin_replay, is_capturing, update_params
 from memopt.optim.group_state import CLOCK, GroupState
 from memopt.optim.rules import state_free_rule, state_full_rule
-from memopt.optim.settings import Settings
+from memopt.optim.settings import LOW_RANK, Settings
+from memopt.optim.sharding import as_sharded, refuse_low_rank
 from memopt.optim.tensors import local_part
 
 IMPLEMENTATIONS = ("auto", "native", "foreach", "reference")
@@ -290,7 +291,18 @@ class Frugal(Optimizer):
         if self._probed and not self._groups:
             for index, group in enumerate(self.param_groups):
                 self._group_state(index, [p for p in group["params"] if p.requires_grad])
-        return super().state_dict()
+        state_dict = super().state_dict()
+        self._show_shards(state_dict["state"])
+        return state_dict
+
+    def _show_shards(self, shown: dict[Any, dict[str, Any]]) -> None:
+        number = 0
+        for index, group in enumerate(self.param_groups):
+            found = self._groups.get(index)
+            for param in group["params"]:
+                if found is not None and param in found.home and number in shown:
+                    shown[number] = as_sharded(*found.home[param], shown[number])
+                number += 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, without casting state to the parameters' dtype."""
@@ -306,6 +318,8 @@ class Frugal(Optimizer):
 
 
 def _check_param(param: Tensor, settings: Settings) -> None:
+    if settings.split and settings.selection in LOW_RANK:
+        refuse_low_rank(param, settings.selection)
     if param.is_complex():
         raise ValueError(
             f"Frugal does not take complex parameters (shape {tuple(param.shape)}): pass their real view"

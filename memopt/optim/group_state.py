@@ -96,6 +96,8 @@ class GroupState:
     def _take_over(self, entry: Entry, shown: dict[str, Any], views: dict[str, Tensor]) -> None:
         for name, view in views.items():
             found = shown.get(name)
+            if found is not None and found.shape != view.shape and found.numel() == view.numel():
+                found = found.view(view.shape)  # columns of a sharded parameter: (rows, chosen)
             if found is not None and found is not view:
                 if found.shape != view.shape or found.dtype != view.dtype:
                     raise ValueError(
