@@ -14,10 +14,11 @@ from torch.nn import Module
 from memopt._resources import Resources
 from memopt.plan import predict, solve_greedy, uniform_plan
 from memopt.types.hardware import Hardware
-from memopt.types.plan import Placement, Plan, RegionPlan
+from memopt.types.plan import Placement, Plan, Prediction, RegionPlan
 from memopt.types.trace import OpTrace, RegionTrace, StepTrace
 
 _SLOP_BYTES = 1 << 20
+_HOST_MARGIN_BYTES = 1 << 30
 
 
 def first_plan(regions: Sequence[tuple[str, Module]], where: Placement) -> Plan:
@@ -56,14 +57,21 @@ class Planner:
             return solve_greedy(
                 self.trace,
                 self._hardware,
-                device_bytes=budget.device_bytes - self._resources.staging_bytes,
-                host_bytes=budget.host_bytes,
+                device_bytes=budget.device_bytes,
+                host_bytes=budget.host_bytes - min(budget.host_bytes // 64, _HOST_MARGIN_BYTES),
                 ssd_bytes=budget.ssd_bytes,
                 exact=self._exact,
+                staging_bytes=self._resources.staging_bytes or None,
             )
         asked = self._asked
         plan = asked if isinstance(asked, Plan) else uniform_plan(self.trace, asked)
-        return replace(plan, predicted=predict(self.trace, plan, self._hardware))
+        return replace(plan, predicted=self._predict(plan))
+
+    def _predict(self, plan: Plan) -> Prediction:
+        assert self._hardware is not None
+        return predict(
+            self.trace, plan, self._hardware, staging_bytes=self._resources.staging_bytes
+        )
 
     def sees_gradients(self, grad_bytes: int) -> bool:
         """Note the gradients alive at a root forward; True where the plan counted on fewer."""
@@ -85,7 +93,8 @@ class Planner:
         """
         if self._hardware is None or step_s <= 0.0:
             return
-        predicted = predict(self.trace, plan, self._hardware)
+        predicted = self._predict(plan)
+        self._slow_down_link(predicted, exposed_s)
         computed = predicted.step_s - predicted.exposed_s
         surplus = computed - max(0.0, step_s - exposed_s)
         trace = self.trace
@@ -97,6 +106,25 @@ class Planner:
         left = computed - absorbed
         factor = (step_s - exposed_s) / left if left > 0.0 and step_s > exposed_s else 1.0
         self.trace = _scaled(trace, factor)
+
+    def _slow_down_link(self, predicted: Prediction, exposed_s: float) -> None:
+        """Where transfers held compute up longer than predicted, the link is slower than probed.
+
+        One large copy alone is the fastest there is; a step's tensors are smaller and share the
+        memory with compute. An exposed byte costs several times what recomputing it does.
+        """
+        surprise = exposed_s - predicted.exposed_s
+        hardware = self._hardware
+        if hardware is None or predicted.d2h_bytes <= 0 or surprise <= 0.01 * predicted.step_s:
+            return
+        ideal_s = predicted.d2h_bytes / hardware.d2h_bytes_per_s
+        factor = ideal_s / (ideal_s + surprise)
+        self._hardware = replace(
+            hardware,
+            d2h_bytes_per_s=hardware.d2h_bytes_per_s * factor,
+            h2d_bytes_per_s=hardware.h2d_bytes_per_s * factor,
+            source=f"{hardware.source}, times {factor:.2f} as a step showed",
+        )
 
 
 def _scaled(trace: StepTrace, factor: float) -> StepTrace:

@@ -33,7 +33,7 @@ def make_report(
         device=f"{device} {torch.cuda.get_device_name(device)}" if on_cuda else "cpu",
         budget=resources.budget,
         predicted=Footprint(
-            device_bytes=predicted.device_bytes + _staging_bytes(resources),
+            device_bytes=predicted.device_bytes,
             host_bytes=predicted.host_bytes,
             ssd_bytes=predicted.ssd_bytes,
             step_s=predicted.step_s,
@@ -41,7 +41,7 @@ def make_report(
         if planned
         else Footprint(),
         measured=Footprint(
-            device_bytes=steps.peak_bytes + _staging_bytes(resources),
+            device_bytes=steps.peak_bytes,
             host_bytes=resources.transfers.host_bytes()[1] if on_cuda else 0,
             ssd_bytes=resources.transfers.ssd_bytes()[1],
             step_s=median,
@@ -68,11 +68,6 @@ def make_report(
             "python": platform.python_version(),
         },
     )
-
-
-def _staging_bytes(resources: Resources) -> int:
-    """Staging buffers that the plan turned out to need; on CPU they are device bytes."""
-    return 0 if resources.device.type == "cuda" else resources.transfers.host_bytes()[1]
 
 
 def _placements(trace: StepTrace | None, plan: Plan) -> tuple[PlacementRow, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import Counter
 from typing import Any
 
@@ -57,17 +59,25 @@ class Resources:
         self.meter = meter
         self.transfers = transfers
         self.host = host
+        self.spill = transfers.spill
         self.io = io
         self.accounted = accounted
         self.notes: list[str] = list(budget.notes)
         self.closed = False
+        self._thread = threading.get_ident()
         self._fraction: float | None = None
+        self._expandable = False
 
     @property
     def staging_bytes(self) -> int:
         """Staging buffers count against the device budget where the device is host memory."""
-        spill = getattr(self.transfers, "_spill", None)
-        return spill.staging.cap_bytes if self.accounted is not None and spill is not None else 0
+        return self.spill.staging.cap_bytes if self.spill is not None else 0
+
+    def beside_bytes(self) -> int:
+        """Staging buffers mapped now, where the device is host memory: no tensor, but the device's."""
+        if self.accounted is None or self.spill is None:
+            return 0
+        return self.spill.staging_bytes()[0]
 
     @property
     def safest_input(self) -> Placement:
@@ -87,9 +97,13 @@ class Resources:
             return measure_hardware(self.device, self.host, store)
 
     def prepare(self, plan: Plan) -> None:
-        """Create the plan's host blocks in the background."""
+        """Give back what only the plan before needed; lock the plan's host memory in the background."""
+        if self.spill is not None:
+            self.spill.staging.trim()
         if self.host is None:
             return
+        self.host.trim()
+        torch.cuda.empty_cache()
         sizes: Counter[int] = Counter()
         for region in plan.regions:
             sizes.update(o.nbytes for o in region.ops if o.placement == "host")
@@ -99,6 +113,8 @@ class Resources:
         """Hold the caching allocator at the device budget."""
         if self.device.type != "cuda":
             return
+        self._expandable = _allocator_setting("expandable_segments:True")
+        torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(self.device).total_memory
         self._fraction = _current_fraction(self.device)
         torch.cuda.set_per_process_memory_fraction(
@@ -112,13 +128,18 @@ class Resources:
         self.closed = True
         if self._fraction is not None:
             torch.cuda.set_per_process_memory_fraction(self._fraction, self.device)
+        if self._expandable:
+            _allocator_setting("expandable_segments:False")
         try:
             self.transfers.close()
         finally:
             if self.io is not None:
                 self.io[0].close()
             if self.accounted is not None:
-                self.accounted.__exit__(None, None, None)
+                if threading.get_ident() == self._thread:
+                    self.accounted.__exit__(None, None, None)
+                else:  # a mode can only be popped by the thread that pushed it
+                    self.accounted.retire()
 
 
 def open_resources(
@@ -176,7 +197,8 @@ def _open_transfers(
         return CpuTransfers(spill, 1 << 30), None
     from memopt.activations.cuda import CudaTransfers
 
-    host = HostPool(max(host_bytes, PAGE_BYTES), register=True)
+    threads = min(16, max(4, (os.cpu_count() or 4) * 3 // 4))
+    host = HostPool(max(host_bytes, PAGE_BYTES), register=True, num_threads=threads)
     return CudaTransfers(device, host, spill, 1 << 30), host
 
 
@@ -253,6 +275,25 @@ def _track_states(
         if parameter.grad is not None:
             accounted.track(parameter.grad)
     accounted.reset_peak()
+
+
+def _allocator_setting(setting: str) -> bool:
+    """Change a setting of PyTorch's CUDA allocator unless the user set one; return whether it was.
+
+    Expandable segments keep what is reserved near what is allocated: the budget bounds the former.
+    """
+    asked = os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    if "expandable_segments" in asked:
+        return False
+    setter = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    setter = setter or getattr(torch.cuda.memory, "_set_allocator_settings", None)
+    if setter is None:
+        return False
+    try:
+        setter(setting)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _current_fraction(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,12 +25,18 @@ class Steps:
     Args:
         meter: memory and clock of the device.
         model, optimizer: whose states are counted.
+        beside_bytes: device bytes now that are no tensor's (staging buffers on a CPU).
     """
 
     def __init__(
-        self, meter: Meter, model: Module, optimizer: torch.optim.Optimizer | None
+        self,
+        meter: Meter,
+        model: Module,
+        optimizer: torch.optim.Optimizer | None,
+        beside_bytes: Callable[[], int],
     ) -> None:
         self._meter = meter
+        self._beside_bytes = beside_bytes
         self._model = model
         self._optimizer = optimizer
         self.figures = StepFigures()
@@ -134,7 +141,8 @@ class Steps:
 
     def _peak(self) -> int:
         """Peak of the phase that ends; PyTorch's counters are reset in the traced step only."""
-        return self._meter.take_peak() if self.num_steps == 0 else self._meter.peak()
+        peak = self._meter.take_peak() if self.num_steps == 0 else self._meter.peak()
+        return peak + self._beside_bytes()
 
     # - Results
 
@@ -163,6 +171,7 @@ class Steps:
             self._states,
             after,
             (observer.outside_peak_bytes, peak),
+            observer.outside_standing_bytes,
         )
 
     def last_step(self, exposed_s: float) -> tuple[float, float]:

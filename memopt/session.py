@@ -116,7 +116,7 @@ class Session:
         self.notes.extend(resources.notes)
         engine = ActivationEngine(self._regions, resources.transfers, strict=self.settings.strict)
         self._engine = engine
-        self._steps = Steps(resources.meter, self.model, self.optimizer)
+        self._steps = Steps(resources.meter, self.model, self.optimizer, resources.beside_bytes)
         self._observer = RegionObserver(resources.meter)
         engine.use(first_plan(self._regions, resources.safest_input))
         engine.observer = self._observer
@@ -221,6 +221,8 @@ class Session:
         }
         where = "device" if self._observer is not None else engine.plan.outside
         self._hooks = OutsideHooks(engine, where, fixed)
+        if self._observer is not None:
+            self._observer.outside = self._hooks
         return self._hooks.hooks
 
     def _before_step(self, *_: Any) -> None:

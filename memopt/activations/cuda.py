@@ -153,6 +153,15 @@ class CudaTransfers:
         self.wait_timed(outgoing.done)
         outgoing.version = None
 
+    def drain(self) -> None:
+        """Let go of every source: compute waits for the copies that are still on their way.
+
+        The host queues kernels far ahead of the device, so without this a full window would stay
+        allocated through the whole backward.
+        """
+        while self._outgoing:
+            self._retire(self._outgoing.popleft())
+
     def poll(self) -> None:
         """Drop sources whose copy has ended; add up the waits that are over."""
         while self._outgoing and self._outgoing[0].done.query():

@@ -264,6 +264,7 @@ class ActivationEngine:
             self.on_recompute()
         if self.closed:
             return
+        self.transfers.drain()
         self.transfers.poll()
         for stored in frame.waiting():
             stored.prefetch()

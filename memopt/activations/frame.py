@@ -18,6 +18,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn import Module
 
 from memopt.activations.stored import Stored
+from memopt.activations.tensors import is_plain, storage_key
 from memopt.types.errors import RecomputeMismatchError
 
 
@@ -111,7 +112,7 @@ def _write(target: Tensor, value: Tensor) -> None:
 class InputSlot:
     """One tensor argument of a region: kept as the program's own, or stored."""
 
-    __slots__ = ("leaf", "requires_grad", "source", "stored", "version")
+    __slots__ = ("key", "leaf", "requires_grad", "source", "stored", "version")
 
     def __init__(self, tensor: Tensor, stored: Stored | None) -> None:
         self.requires_grad = tensor.requires_grad
@@ -119,6 +120,7 @@ class InputSlot:
         self.source = tensor if stored is None else None
         self.stored = stored
         self.version = tensor._version
+        self.key = storage_key(tensor) if is_plain(tensor) else -1
 
     def land(self, region: str) -> Tensor:
         """Return the tensor for recomputation, with the same place in a graph.
@@ -199,6 +201,10 @@ class Frame:
         """The forward returned: from now on a change of what it read is a change too late."""
         self.completed = True
         self.buffer_versions = [b._version for _, _, b in self.buffers]
+        written = {storage_key(image.target) for image in self.pre_images}
+        for slot in self.inputs:
+            if isinstance(slot, InputSlot) and slot.key in written and slot.source is not None:
+                slot.version = slot.source._version
 
     def check_buffers(self) -> None:
         """Raise where a buffer that the forward only read was written since.
@@ -207,7 +213,7 @@ class Frame:
         """
         if not self.completed:
             return
-        own = {image.target.untyped_storage()._cdata for image in self.pre_images}
+        own = {storage_key(image.target) for image in self.pre_images}
         for (_, name, buffer), version in zip(self.buffers, self.buffer_versions, strict=True):
             if buffer._version != version and buffer.untyped_storage()._cdata not in own:
                 raise RecomputeMismatchError(

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memopt.activations.facts import _FACTS, OpFacts, draws_numbers, facts_of
-from memopt.activations.frame import Answer, Frame, PreImage, RngState
+from memopt.activations.frame import Answer, Frame, InputSlot, PreImage, RngState
 from memopt.activations.stored import DeviceStored, Label, Stored
 from memopt.activations.tensors import is_dense, is_plain, nbytes_of, storage_key, tensors_in
 from memopt.types.errors import RecomputeMismatchError
@@ -77,6 +77,9 @@ class ForwardMode(_RegionMode):
         self._store = store
         self._device = device
         self._held: dict[int, list[Stored]] = {}
+        for slot in frame.inputs:
+            if isinstance(slot, InputSlot) and slot.stored is not None:
+                self._held.setdefault(slot.key, []).append(slot.stored)
         self._task = _graph_task()
         self._ops = frame.ops
 

@@ -216,6 +216,8 @@ class RegionObserver:
         self.records: dict[str, Record] = {}
         self.peak_bytes = 0
         self.outside_peak_bytes = 0
+        self.outside: Any = None
+        self.outside_standing_bytes: int | None = None
         self._in_backward: Record | None = None
         self._last_ended: Record | None = None
 
@@ -247,6 +249,8 @@ class RegionObserver:
         record.forward_peak_bytes = max(0, self._fold() - record.end_level_bytes)
         record.end_level_bytes = self.meter.current_bytes()
         self._last_ended = record
+        if self.outside is not None:
+            self.outside_standing_bytes = self.outside.saved_bytes
 
     def recompute_begins(self, frame: Frame) -> None:
         """Close the backward of the region before, open this one's."""

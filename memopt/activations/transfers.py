@@ -36,11 +36,15 @@ class Transfers(Protocol):
     device: torch.device
     moved: Moved
     window_bytes: int
+    spill: SpillArea | None
 
     def store(
         self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool
     ) -> Stored | None:
         """Start moving a dense tensor to "host" or "ssd"; None when there is no room."""
+
+    def drain(self) -> None:
+        """Let go of every source on its way out, before backward needs the room."""
 
     def poll(self) -> None:
         """Free what has arrived and raise the first transfer that failed."""
@@ -69,42 +73,45 @@ class CpuTransfers:
         self.device = torch.device("cpu")
         self.moved = Moved()
         self.window_bytes = window_bytes
-        self._spill = spill
+        self.spill = spill
 
     def store(
         self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool
     ) -> Stored | None:
         """Copy out now; `clone_first` needs nothing more, the copy is done on return."""
         assert placement == "ssd", "without CUDA the device is host memory"
-        if self._spill is None:
+        if self.spill is None:
             return None
-        stored = SpillStored.from_cpu(tensor, self._spill, label, self.moved)
+        stored = SpillStored.from_cpu(tensor, self.spill, label, self.moved)
         if stored is None:
             self.moved.num_refused += 1
         return stored
 
+    def drain(self) -> None:
+        """Nothing: staging buffers hold what is on its way."""
+
     def poll(self) -> None:
         """Raise a failed transfer."""
-        if self._spill is not None:
-            self._spill.poll()
+        if self.spill is not None:
+            self.spill.poll()
 
     def finish(self) -> None:
         """Wait for every write."""
-        if self._spill is not None:
-            self._spill.finish()
+        if self.spill is not None:
+            self.spill.finish()
 
     def host_bytes(self) -> tuple[int, int]:
         """Staging buffers: host memory of memopt's own."""
-        return self._spill.staging_bytes() if self._spill is not None else (0, 0)
+        return self.spill.staging_bytes() if self.spill is not None else (0, 0)
 
     def ssd_bytes(self) -> tuple[int, int]:
         """Extent bytes."""
-        return self._spill.extent_bytes() if self._spill is not None else (0, 0)
+        return self.spill.extent_bytes() if self.spill is not None else (0, 0)
 
     def close(self) -> None:
         """Close the extent files."""
-        if self._spill is not None:
-            self._spill.close()
+        if self.spill is not None:
+            self.spill.close()
 
 
 def describe(transfers: Transfers) -> dict[str, Any]:

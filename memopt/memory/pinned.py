@@ -237,6 +237,15 @@ class HostPool:
             self._build(bins)
         return left_out
 
+    def trim(self) -> int:
+        """Free every slab that no buffer uses; return the bytes that this gives back."""
+        with self._changed:
+            self._reap()
+            idle = [s for s in self._slabs if self._free.hole_at(s.base) == s.nbytes]
+            for slab in idle:
+                self._drop(slab)
+        return sum(slab.nbytes for slab in idle)
+
     def settle(self) -> None:
         """Wait until everything reserved is locked.
 
@@ -365,12 +374,15 @@ class HostPool:
         if self.cap_bytes - self._mapped + sum(slab.nbytes for slab in idle) < size:
             return False
         while self.cap_bytes - self._mapped < size:
-            slab = idle.pop()
-            self._free.take_hole(slab.base)
-            self._slabs.remove(slab)
-            self._mapped -= slab.nbytes
-            unlock(slab, self._cudart)
+            self._drop(idle.pop())
         return True
+
+    def _drop(self, slab: Slab) -> None:
+        """Unlock and free a slab that is one whole hole."""
+        self._free.take_hole(slab.base)
+        self._slabs.remove(slab)
+        self._mapped -= slab.nbytes
+        unlock(slab, self._cudart)
 
     def _build(self, sizes: list[int]) -> None:
         """Start mapping, faulting in and locking slabs of ``sizes``; they count at once, so the cap holds."""

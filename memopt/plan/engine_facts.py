@@ -8,7 +8,7 @@ from __future__ import annotations
 MIN_MOVE_BYTES = 1 << 16
 """Tensors smaller than this stay on the device whatever a plan says: a transfer costs more than they weigh."""
 
-DRAINS_BEFORE_BACKWARD = False
+DRAINS_BEFORE_BACKWARD = True
 """Whether the first recompute of a backward makes compute wait for every copy out and lets go of its source.
 
 Without it a full window stays allocated through the whole backward: sources are let go of when a copy is *seen* to

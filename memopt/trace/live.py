@@ -44,6 +44,7 @@ def build_step_trace(
     before: States,
     after: States,
     peaks: tuple[int, int],
+    outside_standing_bytes: int | None,
 ) -> StepTrace:
     """Return the StepTrace of a step.
 
@@ -54,6 +55,7 @@ def build_step_trace(
         before: states at the first root forward.
         after: states after the step, gradients at their fullest.
         peaks: (outside_peak_bytes, peak_bytes).
+        outside_standing_bytes: what was saved outside regions before the last region ended.
     """
     new_state = max(0, after.optimizer_bytes - before.optimizer_bytes)
     return StepTrace(
@@ -69,6 +71,7 @@ def build_step_trace(
         outside_peak_bytes=peaks[0],
         optimizer_peak_bytes=figures.optimizer_peak_bytes,
         peak_bytes=peaks[1],
+        outside_standing_bytes=outside_standing_bytes,
         regions=regions,
         forward_s=figures.forward_s,
         backward_s=figures.backward_s,

@@ -106,7 +106,9 @@ class Plan:
     def from_dict(cls, data: dict[str, Any]) -> Plan:
         """Build from what `to_dict` returned; ConfigError when it is no plan."""
         if data.get("format") != FORMAT:
-            raise ConfigError(f"not a memopt plan: format is {data.get('format')!r}, not {FORMAT!r}")
+            raise ConfigError(
+                f"not a memopt plan: format is {data.get('format')!r}, not {FORMAT!r}"
+            )
         body = {k: v for k, v in data.items() if k != "format"}
         try:
             regions = tuple(
