@@ -317,9 +317,7 @@ def train_all(options: argparse.Namespace, results: dict[str, Any]) -> None:
     begin = time.perf_counter()
     trainer = Trainer(options)
     if results.get("text_digest", trainer.digest) != trainer.digest:
-        raise SystemExit(
-            "the result file is of another text: choose another --out, or the same --bytes"
-        )
+        raise SystemExit("the result file is of another text: change --out, or use its --bytes")
     results.update(
         text_digest=trainer.digest, text_bytes=len(trainer.train), torch=torch.__version__,
         device=torch.cuda.get_device_name() if trainer.device == "cuda" else "cpu",
@@ -341,9 +339,8 @@ def train_all(options: argparse.Namespace, results: dict[str, Any]) -> None:
         start = time.perf_counter()
         runs[job.key] = {**vars(job), **trainer.run(job), "wall_s": time.perf_counter() - start}
         options.out.write_text(json.dumps(results, indent=1) + "\n")
-        sys.stdout.write(
-            f"{job.key}: {runs[job.key]['loss']:.4f} in {runs[job.key]['wall_s']:.0f} s\n"
-        )
+        done = runs[job.key]
+        sys.stdout.write(f"{job.key}: {done['loss']:.4f} in {done['wall_s']:.0f} s\n")
         sys.stdout.flush()
 
 
