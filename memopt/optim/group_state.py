@@ -67,6 +67,11 @@ class GroupState:
     def _views(self, bucket: Bucket, i: int) -> dict[str, Tensor]:
         """Return the tensors of one parameter that `optimizer.state` shows."""
         views = {name: bucket.arena.piece(name, *bucket.slices[i]) for name in bucket.arena.arrays}
+        entry = bucket.entries[i]
+        if entry.selection.name == "columns" and not bucket.arena.quantized:
+            # (rows, chosen columns): shards of rows can be put together and cut anew
+            for name, view in views.items():
+                views[name] = view.view(entry.rows, view.numel() // max(1, entry.rows))
         basis = bucket.bases[i]
         if basis is not None:
             views[BASIS] = basis.detach()  # an alias: what is shown may be swapped
@@ -96,8 +101,6 @@ class GroupState:
     def _take_over(self, entry: Entry, shown: dict[str, Any], views: dict[str, Tensor]) -> None:
         for name, view in views.items():
             found = shown.get(name)
-            if found is not None and found.shape != view.shape and found.numel() == view.numel():
-                found = found.view(view.shape)  # columns of a sharded parameter: (rows, chosen)
             if found is not None and found is not view:
                 if found.shape != view.shape or found.dtype != view.dtype:
                     raise ValueError(

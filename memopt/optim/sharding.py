@@ -23,8 +23,7 @@ def as_sharded(bucket: Bucket, i: int, values: dict[str, Any]) -> dict[str, Any]
     entry = bucket.entries[i]
     if not is_sharded(entry.param):
         return values
-    rows = entry.rows if entry.selection.name == "columns" and not bucket.arena.quantized else 0
-    return {key: _wrap(value, entry.param, rows) for key, value in values.items()}
+    return {key: _wrap(value, entry.param) for key, value in values.items()}
 
 
 def is_sharded(param: Tensor) -> bool:
@@ -39,17 +38,16 @@ def is_sharded(param: Tensor) -> bool:
     return bool(even)
 
 
-def _wrap(value: Any, param: Tensor, rows: int) -> Any:
+def _wrap(value: Any, param: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
     from torch.distributed.tensor import DTensor
 
-    local = value.view(rows, -1) if rows else value
     mesh: Any = param.device_mesh  # type: ignore[attr-defined]
-    shape = torch.Size([local.shape[0] * mesh.size(), *local.shape[1:]])
+    shape = torch.Size([value.shape[0] * mesh.size(), *value.shape[1:]])
     placements: Any = param.placements  # type: ignore[attr-defined]
     wrapped: DTensor = DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=shape, stride=local.stride()
+        value, mesh, placements, run_check=False, shape=shape, stride=value.stride()
     )
     return wrapped
 
