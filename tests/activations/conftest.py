@@ -39,7 +39,9 @@ def _move_small_tensors(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 
 
 @pytest.fixture(autouse=True)
-def _measure_the_machine_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _measure_the_machine_once(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A session measures the ways off the device (0.6 s with an SSD); what it finds changes no bit: once will do."""
     import memopt._resources as resources
 
@@ -49,13 +51,7 @@ def _measure_the_machine_once(request: pytest.FixtureRequest, monkeypatch: pytes
 
     def measure_once(device: object, host: object, store: object) -> object:
         key = (str(device), host is None, store is None)
-        if key not in @pytest.fixture
-def measured_anew() -> bool:
-    """For tests in which each session must measure the machine itself, as it does for users."""
-    return True
-
-
-_MEASURED:
+        if key not in _MEASURED:
             _MEASURED[key] = measure(device, host, store)
         return _MEASURED[key]
 
