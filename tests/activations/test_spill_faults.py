@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from _bitwise import (
     plan_for,
     run_memopt,
     spill_directory,
+    trace_of,
     train,
 )
 from _models import model_program
@@ -24,6 +26,7 @@ from _traces import Traces
 from _traps import TRAPS, Net, Sines, batch, simple_step
 
 import memopt
+from memopt.types.plan import OpPlacement, Plan, RegionPlan
 
 PROGRAM = TRAPS["2-native-dropout"]
 
@@ -89,35 +92,45 @@ def _flip_every_byte(path):
             os.close(reopened)
 
 
-def test_strict_finds_a_corrupted_byte_and_names_it():
+@pytest.mark.parametrize("what", ["input", "op", "outside"])
+def test_strict_finds_a_corrupted_byte_and_names_it(what):
     """The file's bytes are changed between forward and backward."""
+    regions = tuple(
+        RegionPlan(
+            name=region.name,
+            input="ssd" if what == "input" else "device",
+            ops=tuple(
+                OpPlacement(position=op.position, op=op.op, placement="ssd", nbytes=op.nbytes)
+                for op in region.ops
+                if op.placeable and what == "op"
+            ),
+        )
+        for region in trace_of(PROGRAM).regions
+    )
+    plan = Plan(regions=regions, outside="ssd" if what == "outside" else "device")
     with spill_directory() as path:
         model = PROGRAM.build().train()
         traces = Traces(model)
         budget = memopt.Budget(ssd=f"{path}:1MiB")
-        with memopt.optimize(
-            model, plan="ssd", regions=["layers"], budget=budget, strict=True
-        ) as run:
+        with memopt.optimize(model, plan=plan, regions=["layers"], budget=budget, strict=True):
             for i in range(2):
                 simple_step(model, i)
             loss = model(batch(3)).square().mean()
-            _settle_writes(run)
+            time.sleep(0.3)  # every write has reached the file
             _flip_every_byte(path)
             with pytest.raises(memopt.RoundTripError) as caught:
                 loss.backward()
         text = str(caught.value)
-        assert "layers." in text, "the region is named"
-        assert "input" in text or "aten." in text or "op" in text, "the op or the input is named"
+        wanted = {
+            "input": ("layers.2", "input"),
+            "op": ("layers.2", "aten."),
+            "outside": ("outside",),
+        }[what]
+        assert all(word in text for word in wanted), text
+        assert "''" not in text, "no empty name in a message"
         del loss, caught
         model.zero_grad()
         traces.check()
-
-
-def _settle_writes(run):
-    """Let every write reach the file: evaluation forwards poll, a little time passes."""
-    import time
-
-    time.sleep(0.3)
 
 
 def test_a_failing_disk_surfaces_with_errno_and_leaves_the_model_whole(monkeypatch):
