@@ -72,7 +72,7 @@ class Extent:
     runs: tuple[_Run, ...]
     written_bytes: int = 0
     freed: bool = False
-    failure: OSError | None = None
+    failed: Ticket | None = None  # a write that did not reach the disk
     pending: list[_Pending] = field(default_factory=list)
 
     @property
@@ -188,7 +188,8 @@ class ExtentStore:
 
         Raises:
             ValueError: a buffer larger than its extent, or a freed extent.
-            OSError: an earlier transfer of one of the extents failed.
+            OSError: an earlier write of one of the extents failed; a write at offset 0 goes through once that error
+                was raised.
         """
         return self._submit("write", [(extent, buffer, 0) for extent, buffer in items])
 
@@ -291,19 +292,21 @@ class ExtentStore:
     def _wait_for_conflicts(self, kind: Kind, extent: Extent, begin: int, end: int) -> None:
         """Wait for transfers in flight on the same units, and raise what became of the data that is needed."""
         unit = self.unit_bytes
-        begin, end = begin // unit * unit, -(-end // unit) * unit
+        first, last = begin // unit * unit, -(-end // unit) * unit
         with self._lock:
             conflicts = [
                 p
                 for p in extent.pending
-                if "write" in (kind, p.kind) and p.begin < end and begin < p.end
+                if "write" in (kind, p.kind) and p.begin < last and first < p.end
             ]
         for conflict in conflicts:
-            conflict.ticket.wait()
+            conflict.ticket._finished(None)
         with self._lock:
             self._prune(extent)
-        if extent.failure is not None and (kind == "read" or begin > 0):
-            raise extent.failure
+        failed = extent.failed
+        rewrites = kind == "write" and begin == 0
+        if failed is not None and not (rewrites and failed.claimed):
+            failed.wait()
 
     def _transfers(
         self, kind: Kind, extent: Extent, offset: int, view: BufferView
@@ -340,7 +343,7 @@ class ExtentStore:
             return
         self._written_bytes += nbytes
         if offset == 0:
-            extent.failure = None
+            extent.failed = None
             extent.written_bytes = nbytes
         extent.written_bytes = max(extent.written_bytes, offset + nbytes)
 
@@ -352,7 +355,7 @@ class ExtentStore:
                 and pending.kind == "write"
                 and pending.ticket.error is not None
             ):
-                extent.failure = pending.ticket.error
+                extent.failed = pending.ticket
         extent.pending = [p for p in extent.pending if not p.ticket.done()]
 
     def _collect(self, need: int) -> None:

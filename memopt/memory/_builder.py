@@ -75,8 +75,11 @@ class SlabBuilder:
             job.num_left -= 1
             if job.num_left:
                 return
-        if job.error is None:
-            self._lock(job.slab)
+        try:
+            if job.error is None:
+                self._lock(job.slab)
+        except BaseException as failure:  # noqa: BLE001 - as above: nobody may wait for a slab for ever
+            job.error = failure
         job.done(job.slab, job.error)
 
     def _lock(self, slab: Slab) -> None:

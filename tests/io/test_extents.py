@@ -107,6 +107,35 @@ def test_space_is_not_reused_under_a_transfer(tmp_path, monkeypatch):
         assert back == data
 
 
+@pytest.mark.parametrize("waited_for", [True, False])
+def test_a_failed_write_is_never_read_as_data_and_can_be_repeated(
+    tmp_path, monkeypatch, waited_for
+):
+    def broken(*_args, **_kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with ExtentStore([(tmp_path, 2 * MIB)], "threads") as store:
+        extent, data, back = store.alloc(MIB), pages(MIB), bytearray(MIB)
+        store.write(extent, data).wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(threads, "_call", broken)
+            ticket = store.write(extent, pages(MIB))
+            ticket._finished(None)
+        if waited_for:
+            for call in (
+                ticket.wait,
+                lambda: store.read(extent, back),
+                lambda: store.read(extent, back),
+            ):
+                with pytest.raises(OSError, match="write at offset"):
+                    call()
+        with pytest.raises(OSError, match="write at offset"):
+            store.write(extent, data[:PAGE], offset=PAGE)  # a part does not mend the rest
+        store.write(extent, data).wait()
+        store.read(extent, back).wait()
+        assert back == data
+
+
 def test_parts_of_an_extent(tmp_path, engine):
     with ExtentStore([(tmp_path, 8 * MIB)], engine) as store:
         data, extent = pages(50_000), store.alloc(50_000)

@@ -448,6 +448,19 @@ def test_refused_locking_falls_back_and_says_why(caplog):
     assert cudart.count("unregister") == 2
 
 
+def test_a_runtime_that_raises_does_not_hang_the_pool(cudart, monkeypatch):
+    def broken(*_args):
+        raise OSError("library call failed")
+
+    with locked_pool(cudart) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(cudart, "host_register", broken)
+            with pytest.raises(OSError, match="library call failed"):
+                pool.take(MIB)
+        assert pool.stats().mapped_bytes == 0
+        assert pool.take(MIB).is_locked
+
+
 class FakeLibrary:
     """What ctypes shows of libcudart."""
 
