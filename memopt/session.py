@@ -246,6 +246,7 @@ class Session:
                 self._steps.figures.outside_saved_bytes = self._hooks.saved_bytes
             self._observer = engine.observer = None
             engine.fragile = observer.fragile()
+            engine.written_inputs = observer.written_inputs()
             trace = self._steps.trace(observer, resources.device.type)
             self._planner = Planner(trace, self._asked_plan, resources, exact=self.settings.exact)
             self._note_unseen(observer)
@@ -285,7 +286,7 @@ class Session:
             )
             self.notes.append(
                 f"outputs of {', '.join(ops)} are written later by a kernel that PyTorch does not "
-                "show (Triton, numpy); they are copied at birth where they are stored"
+                "see (Triton, numpy); they are copied at birth where they are stored"
             )
 
     def _take_over_checkpointing(self) -> Callable[[], None]:

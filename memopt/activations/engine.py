@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from memopt.activations.contexts import ForwardContext, RecomputeContext
-from memopt.activations.frame import Frame, InputSlot, RngState
+from memopt.activations.frame import Frame, InputSlot, PreImage, RngState
 from memopt.activations.modes import MIN_MOVE_BYTES, ForwardMode
 from memopt.activations.patch import PatchedForward, has_filled_cache, without_caches
 from memopt.activations.regions import is_flat_sequential
@@ -29,6 +29,11 @@ from memopt.activations.transfers import Transfers
 from memopt.types.plan import Placement, Plan, RegionPlan
 
 _RECOMPUTED = RegionPlan(name="")
+_CHANGING = (
+    "the op list of some regions changes from call to call: they are placed by their input and "
+    "attention only"
+)
+_WRITES_INPUT = "some regions write to their own input: a copy of it is kept for their backward"
 
 
 class Observer(Protocol):
@@ -65,6 +70,9 @@ class ActivationEngine:
         self.observer: Observer | None = None
         self.on_recompute: Callable[[], None] | None = None
         self.fragile: dict[str, frozenset[int]] = {}
+        self.written_inputs: dict[str, frozenset[int]] = {}
+        self._changing: set[str] = set()
+        self._op_lists: dict[str, list[Any]] = {}
         self.notes: dict[str, None] = {}
         self.plan = Plan()
         self.closed = False
@@ -160,7 +168,9 @@ class ActivationEngine:
                 call_args, call_kwargs = pytree.tree_unflatten(frame.call_args, spec)
             return frame.plain(*call_args, **call_kwargs)
 
-        frame.inputs = [self._slot(leaf, plan, name) for leaf in leaves]
+        written = self.written_inputs.get(name, frozenset())
+        frame.pre_images.extend(PreImage(leaves[i]) for i in written)
+        frame.inputs = [self._slot(v, plan, name, i in written) for i, v in enumerate(leaves)]
         try:
             return checkpoint(
                 body,
@@ -187,13 +197,13 @@ class ActivationEngine:
         self._last = weakref.ref(frame)
         self._live.add(frame)
 
-    def _slot(self, leaf: Any, plan: RegionPlan, name: str) -> Any:
-        """Return what stands for one argument until backward."""
+    def _slot(self, leaf: Any, plan: RegionPlan, name: str, written: bool) -> Any:
+        """Return what stands for one argument until backward; `written`: unseen, by the region."""
         if not isinstance(leaf, Tensor):
             return leaf
         stored = None
         if plan.input != "device" and self._movable(leaf):
-            stored = self._store_shared(leaf, plan.input, name)
+            stored = self._store_shared(leaf, plan.input, name, written)
         return InputSlot(leaf, stored)
 
     def _movable(self, tensor: Tensor) -> bool:
@@ -206,7 +216,9 @@ class ActivationEngine:
             and is_dense(tensor)
         )
 
-    def _store_shared(self, tensor: Tensor, placement: Placement, name: str) -> Stored | None:
+    def _store_shared(
+        self, tensor: Tensor, placement: Placement, name: str, written: bool
+    ) -> Stored | None:
         """Move a tensor out once, however many regions take the same tensor object."""
         known = self._shared.get(id(tensor))
         if known is not None and known[0]() is tensor and known[1] == tensor._version:
@@ -215,7 +227,7 @@ class ActivationEngine:
                 shared.num_users += 1
                 return shared
         label = Label(region=name, what="input")
-        stored = self.store(tensor, placement, label, clone_first=False)
+        stored = self.store(tensor, placement, label, clone_first=written)
         if stored is None:
             return None
         shared = SharedInput(stored)
@@ -241,20 +253,39 @@ class ActivationEngine:
         """Return the mode for this call."""
         if self.observer is not None:
             return self.observer.forward_mode(frame, self)
+        placements = self._placements.get(frame.name, {})
+        changing = frame.name in self._changing
         return ForwardMode(
             frame,
-            self._placements.get(frame.name, {}),
+            {} if changing else placements,
             self.fragile.get(frame.name, frozenset()),
             self.store,
             self.device,
+            attention=_attention_placement(placements) if changing else None,
+            strict=self.strict,
         )
 
     def forward_ended(self, frame: Frame, mode: Any) -> None:
         """Free what has arrived meanwhile."""
         if self.observer is not None:
             self.observer.forward_ended(frame, mode)
+        self._watch(frame)
         if not self.closed:
             self.transfers.poll()
+
+    def _watch(self, frame: Frame) -> None:
+        """Note regions whose op list is not the same in every call, and those that write inputs.
+
+        Positions mean nothing where ops come and go (experts that run or not): any placement stays
+        exact, but only the input and attention are worth placing.
+        """
+        last = self._op_lists.get(frame.name)
+        if last is not None and last != frame.ops and frame.name not in self._changing:
+            self._changing.add(frame.name)
+            self.notes[_CHANGING] = None
+        self._op_lists[frame.name] = frame.ops
+        if frame.writes_input():
+            self.notes[_WRITES_INPUT] = None
 
     def recompute_begins(self, frame: Frame) -> None:
         """Fetch what this region waits for, then what backward will ask for next."""
@@ -285,6 +316,14 @@ class ActivationEngine:
         """Tell the observer."""
         if self.observer is not None:
             self.observer.recompute_ended(frame)
+
+
+def _attention_placement(placements: dict[int, tuple[str, Placement]]) -> Placement | None:
+    """Where a plan puts a region's attention, wherever it stands in the op list."""
+    for name, placement in placements.values():
+        if "attention" in name:
+            return placement
+    return None
 
 
 class SharedInput:

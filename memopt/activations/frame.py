@@ -206,6 +206,13 @@ class Frame:
             if isinstance(slot, InputSlot) and slot.key in written and slot.source is not None:
                 slot.version = slot.source._version
 
+    def writes_input(self) -> bool:
+        """Whether the region's forward wrote to one of its arguments."""
+        if not self.pre_images:
+            return False
+        written = {storage_key(image.target) for image in self.pre_images}
+        return any(isinstance(s, InputSlot) and s.key in written for s in self.inputs)
+
     def check_buffers(self) -> None:
         """Raise where a buffer that the forward only read was written since.
 

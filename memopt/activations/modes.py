@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memopt.activations.facts import _FACTS, OpFacts, draws_numbers, facts_of
 from memopt.activations.frame import Answer, Frame, InputSlot, PreImage, RngState
-from memopt.activations.stored import DeviceStored, Label, Stored
+from memopt.activations.stored import Checked, DeviceStored, Label, Stored
 from memopt.activations.tensors import is_dense, is_plain, nbytes_of, storage_key, tensors_in
 from memopt.types.errors import RecomputeMismatchError
 from memopt.types.plan import Placement
@@ -58,6 +58,9 @@ class ForwardMode(_RegionMode):
         placements: position -> (op name, placement).
         fragile: positions whose outputs an unseen kernel writes later: copied at birth.
         store: `store(tensor, placement, label, clone_first=...)` of the engine.
+        device: the session's device.
+        attention: where attention goes when positions mean nothing (changing op lists).
+        strict: compare kept outputs, too, with what they were.
     """
 
     def __init__(
@@ -67,9 +70,14 @@ class ForwardMode(_RegionMode):
         fragile: frozenset[int],
         store: StoreFn,
         device: torch.device,
+        *,
+        attention: Placement | None = None,
+        strict: bool = False,
     ) -> None:
         super().__init__()
         self.frame = frame
+        self._attention = attention
+        self._strict = strict
         self.born: set[int] = set()
         self.position = 0
         self._placements = placements
@@ -104,6 +112,8 @@ class ForwardMode(_RegionMode):
             self.frame.generators.setdefault(generator, generator.get_state())
         out = func(*args, **(kwargs or {}))
         place = self._placements.get(position)
+        if self._attention is not None and facts.kind == "attention":
+            place = (facts.name, self._attention)
         if place is not None:
             self._place(position, place, func, facts, args, kwargs or {}, out)
         if type(out) is Tensor:
@@ -173,7 +183,8 @@ class ForwardMode(_RegionMode):
         self, output: Tensor, placement: Placement, label: Label, fragile: bool
     ) -> Stored | None:
         if placement == "device" or nbytes_of(output) < MIN_MOVE_BYTES:
-            return DeviceStored(output, label, clone_first=fragile)
+            kept = DeviceStored(output, label, clone_first=fragile)
+            return Checked(kept, output, label) if self._strict else kept
         return self._store(output, placement, label, clone_first=fragile)
 
     def _can_store(self, outputs: list[Any], args: tuple[Any, ...], kwargs: Any) -> bool:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 from memopt.activations.facts import OpFacts, facts_of
-from memopt.activations.frame import Frame, InputSlot
+from memopt.activations.frame import Frame, InputSlot, PreImage
 from memopt.activations.modes import MIN_MOVE_BYTES, ForwardMode
 from memopt.activations.tensors import (
     digest,
@@ -78,6 +78,7 @@ class Record:
     backward_peak_bytes: int = 0
     backward_level_bytes: int = 0
     fragile: set[int] = field(default_factory=set)
+    written_inputs: set[int] = field(default_factory=set)
 
 
 class ObservedMode(ForwardMode):
@@ -90,9 +91,14 @@ class ObservedMode(ForwardMode):
         self._births: dict[int, _Birth] = {}
         self._suspects: list[tuple[_Op, Tensor]] = []
         self._hooks: Any = None
+        self._inputs: list[tuple[int, PreImage]] = []
+        self.cloned_bytes = 0
 
     def __enter__(self) -> ObservedMode:
         """Push the mode and a pack hook in front of the checkpoint's."""
+        leaves = self.frame.call_args or []
+        self._inputs = [(i, PreImage(t)) for i, t in enumerate(leaves) if _may_be_written(t)]
+        self.cloned_bytes = sum(nbytes_of(image.before) for _, image in self._inputs)
         super().__enter__()
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if top is not None:
@@ -202,6 +208,18 @@ class ObservedMode(ForwardMode):
                     self.record.fragile.add(op.position)
         self._suspects.clear()
         self._births.clear()
+        self._settle_inputs()
+
+    def _settle_inputs(self) -> None:
+        """Find arguments that changed without a visible write; recompute from their pre-image."""
+        seen = {storage_key(image.target) for image in self.frame.pre_images}
+        for index, image in self._inputs:
+            if storage_key(image.target) in seen or not is_dense(image.target):
+                continue
+            if not torch.equal(digest(image.target), digest(image.before)):
+                self.frame.pre_images.append(image)
+                self.record.written_inputs.add(index)
+        self._inputs = []
 
 
 class RegionObserver:
@@ -246,7 +264,9 @@ class RegionObserver:
         record: Record = mode.record
         record.forward.append(self.meter.mark())
         record.num_ops = mode.position
-        record.forward_peak_bytes = max(0, self._fold() - record.end_level_bytes)
+        record.forward_peak_bytes = max(
+            0, self._fold() - record.end_level_bytes - mode.cloned_bytes
+        )
         record.end_level_bytes = self.meter.current_bytes()
         self._last_ended = record
         if self.outside is not None:
@@ -282,6 +302,12 @@ class RegionObserver:
     def fragile(self) -> dict[str, frozenset[int]]:
         """Positions per region that an unseen kernel writes to."""
         return {r.name: frozenset(r.fragile) for r in self.records.values() if r.fragile}
+
+    def written_inputs(self) -> dict[str, frozenset[int]]:
+        """Arguments per region, by place among its flattened ones, that it writes unseen."""
+        return {
+            r.name: frozenset(r.written_inputs) for r in self.records.values() if r.written_inputs
+        }
 
     def region_traces(self) -> tuple[RegionTrace, ...]:
         """Return what was recorded, in forward order."""
@@ -347,6 +373,16 @@ def _whole(tensor: Tensor) -> Tensor:
 def _of_storage(storage: Any) -> Tensor:
     """Return all bytes of a storage as a tensor."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _may_be_written(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and is_plain(value)
+        and not isinstance(value, torch.nn.Parameter)
+        and not (value.is_leaf and value.requires_grad)
+        and value.numel() > 0
+    )
 
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:

@@ -43,7 +43,8 @@ class RunsPatch(PatchedForward):
         children = list(self.module.named_children())
         sizes = output_bytes([c for _, c in children], example)
         patches = []
-        for begin, end in equal_cuts(sizes, max(2, math.isqrt(len(children)))):
+        glued = [_writes_input(child) for _, child in children]
+        for begin, end in equal_cuts(sizes, max(2, math.isqrt(len(children))), glued):
             part = Sequential(*(child for _, child in children[begin:end]))
             part.training = self.module.training
             span = f"{children[begin][0]}-{children[end - 1][0]}"
@@ -52,16 +53,25 @@ class RunsPatch(PatchedForward):
         return patches
 
 
-def equal_cuts(sizes: list[int], num_runs: int) -> list[tuple[int, int]]:
-    """Cut into at most `num_runs` half-open runs of about equal sums, none empty."""
+def _writes_input(module: Module) -> bool:
+    """Whether a layer works in place: its run must begin with what it writes to."""
+    return bool(getattr(module, "inplace", False))
+
+
+def equal_cuts(sizes: list[int], num_runs: int, glued: list[bool]) -> list[tuple[int, int]]:
+    """Cut into at most `num_runs` half-open runs of about equal sums, none empty.
+
+    No run begins with a child that is `glued` to the one before.
+    """
     total = sum(sizes)
     cuts: list[tuple[int, int]] = []
     begin = 0
     seen = 0
     for index, size in enumerate(sizes):
         seen += size
-        left = len(sizes) - index - 1
-        if seen * num_runs >= total * (len(cuts) + 1) and left >= 0 and len(cuts) < num_runs - 1:
+        if index + 1 < len(sizes) and glued[index + 1]:
+            continue
+        if seen * num_runs >= total * (len(cuts) + 1) and len(cuts) < num_runs - 1:
             cuts.append((begin, index + 1))
             begin = index + 1
     if begin < len(sizes):
