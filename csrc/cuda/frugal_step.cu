@@ -1,8 +1,8 @@
 // The FRUGAL step of many tensors in one launch: every gradient and weight is read once, every
 // weight written once, nothing of a tensor's size is allocated.
 //
-// One thread block steps one chunk of a segment. A thread handles 16 bytes of neighbouring elements at
-// a time, several such packs in flight, since nothing here but memory matters.
+// One thread block steps one chunk of a segment. A thread handles 16 bytes of neighbouring elements
+// at a time, several such packs in flight, since nothing here but memory matters.
 // Elements at the ends of a segment, and tensors whose addresses or row lengths do not allow it, go
 // one by one through the same arithmetic. See launchers.h for the tables.
 #include "frugal_math.cuh"
@@ -52,14 +52,91 @@ __device__ __forceinline__ void step_one(const Chunk<T>& c, int i, int64_t state
   if (kRounding == MEMOPT_KAHAN) c.compensation[i] = compensation;
 }
 
+// What is in flight of one pack; moments and compensation only where there are any.
+template <typename T>
+struct Flight {
+  Pack<T, kWidth<T>> w, g, comp, m, v;
+};
+
+// Load everything of a pack at i that the first step of its update needs.
+template <typename T, int kRounding>
+__device__ __forceinline__ void load_weights(const Chunk<T>& c, int i, Flight<T>& f) {
+  f.w = load_pack(c.weight + i);
+  f.g = load_pack(c.grad + i);
+  if constexpr (kRounding == MEMOPT_KAHAN) f.comp = load_pack(c.compensation + i);
+}
+
+template <typename T>
+__device__ __forceinline__ void load_moments(const Chunk<T>& c, int64_t state, Flight<T>& f) {
+  f.m = load_pack(c.moment[0] + state);
+  if (c.has_second) f.v = load_pack(c.moment[1] + state);
+}
+
+// Update and store a pack at i that has state everywhere (at `state`, ...) or nowhere.
+template <typename T, int kRounding, bool kFull>
+__device__ __forceinline__ void finish_pack(const Chunk<T>& c, int i, int64_t state, Flight<T>& f) {
+#pragma unroll
+  for (int j = 0; j < kWidth<T>; ++j) {
+    float gradient = to_float(f.g.value[j]);
+    if (c.s.maximize) gradient = -gradient;
+    float update;
+    if constexpr (kFull) {
+      float mean = to_float(f.m.value[j]);
+      float square = c.has_second ? to_float(f.v.value[j]) : 0.0f;
+      update = full_update(gradient, mean, square, c.s);
+      uint64_t slot = state + j - c.origin;
+      f.m.value[j] = round_moment<T, kRounding>(mean, 0, c.tag, slot, c.s);
+      f.v.value[j] = round_moment<T, kRounding>(square, 1, c.tag, slot, c.s);
+    } else {
+      update = free_update(gradient, c.s);
+    }
+    apply_rounded<T, kRounding>(f.w.value[j], f.comp.value[j], update, c.s, c.tag,
+                                c.element + i + j);
+  }
+  store_pack(c.weight + i, f.w);
+  if constexpr (kRounding == MEMOPT_KAHAN) store_pack(c.compensation + i, f.comp);
+  if constexpr (kFull) {
+    store_pack(c.moment[0] + state, f.m);
+    if (c.has_second) store_pack(c.moment[1] + state, f.v);
+  }
+}
+
+// kUnroll packs of elements, all with state (at `state` + distance from i) or all without.
+template <typename T, int kRounding, bool kFull, int kUnroll>
+__device__ __forceinline__ void step_run(const Chunk<T>& c, int first, int stop, int64_t state) {
+  Flight<T> flight[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    int i = first + u * kStride<T>;
+    if (i < stop) {
+      load_weights<T, kRounding>(c, i, flight[u]);
+      if constexpr (kFull) load_moments(c, state + i, flight[u]);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    int i = first + u * kStride<T>;
+    if (i < stop) finish_pack<T, kRounding, kFull>(c, i, state + i, flight[u]);
+  }
+}
+
+// Call step(i, flight) for the thread's packs below `stop`, the next one's weights on their way.
+template <typename T, int kRounding, typename Step>
+__device__ __forceinline__ void for_packs(const Chunk<T>& c, int stop, Step step) {
+  Flight<T> now, next;
+  int i = threadIdx.x * kWidth<T>;
+  if (i < stop) load_weights<T, kRounding>(c, i, now);
+  for (; i < stop; i += kStride<T>) {
+    if (i + kStride<T> < stop) load_weights<T, kRounding>(c, i + kStride<T>, next);
+    step(i, now);
+    now = next;
+  }
+}
+
 // A pack of elements at i; those whose bit is set in `bits` have state at `state`, `state` + 1, ...
 template <typename T, int kRounding>
-__device__ __forceinline__ void step_mixed(const Chunk<T>& c, int i, uint32_t bits,
-                                           int64_t state) {
-  Pack<T, kWidth<T>> w = load_pack(c.weight + i);
-  const Pack<T, kWidth<T>> g = load_pack(c.grad + i);
-  Pack<T, kWidth<T>> comp;
-  if constexpr (kRounding == MEMOPT_KAHAN) comp = load_pack(c.compensation + i);
+__device__ __forceinline__ void step_mixed(const Chunk<T>& c, int i, uint32_t bits, int64_t state,
+                                           Flight<T>& f) {
   float m[kWidth<T>], v[kWidth<T>];
 #pragma unroll
   for (int j = 0; j < kWidth<T>; ++j) {  // all loads before any use
@@ -72,7 +149,7 @@ __device__ __forceinline__ void step_mixed(const Chunk<T>& c, int i, uint32_t bi
   }
 #pragma unroll
   for (int j = 0; j < kWidth<T>; ++j) {
-    float gradient = to_float(g.value[j]);
+    float gradient = to_float(f.g.value[j]);
     if (c.s.maximize) gradient = -gradient;
     float update;
     if (bits >> j & 1) {
@@ -84,58 +161,11 @@ __device__ __forceinline__ void step_mixed(const Chunk<T>& c, int i, uint32_t bi
     } else {
       update = free_update(gradient, c.s);
     }
-    apply_rounded<T, kRounding>(w.value[j], comp.value[j], update, c.s, c.tag, c.element + i + j);
+    apply_rounded<T, kRounding>(f.w.value[j], f.comp.value[j], update, c.s, c.tag,
+                                c.element + i + j);
   }
-  store_pack(c.weight + i, w);
-  if constexpr (kRounding == MEMOPT_KAHAN) store_pack(c.compensation + i, comp);
-}
-
-// kUnroll packs of elements, all with state (at `state` + distance from i) or all without.
-template <typename T, int kRounding, bool kFull, int kUnroll>
-__device__ __forceinline__ void step_run(const Chunk<T>& c, int first, int stop, int64_t state) {
-  Pack<T, kWidth<T>> w[kUnroll], g[kUnroll], comp[kUnroll], m[kUnroll], v[kUnroll];
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    int i = first + u * kStride<T>;
-    if (i < stop) {
-      w[u] = load_pack(c.weight + i);
-      g[u] = load_pack(c.grad + i);
-      if constexpr (kRounding == MEMOPT_KAHAN) comp[u] = load_pack(c.compensation + i);
-      if constexpr (kFull) {
-        m[u] = load_pack(c.moment[0] + state + i);
-        if (c.has_second) v[u] = load_pack(c.moment[1] + state + i);
-      }
-    }
-  }
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    int i = first + u * kStride<T>;
-    if (i >= stop) continue;
-#pragma unroll
-    for (int j = 0; j < kWidth<T>; ++j) {
-      float gradient = to_float(g[u].value[j]);
-      if (c.s.maximize) gradient = -gradient;
-      float update;
-      if constexpr (kFull) {
-        float mean = to_float(m[u].value[j]);
-        float square = c.has_second ? to_float(v[u].value[j]) : 0.0f;
-        update = full_update(gradient, mean, square, c.s);
-        uint64_t slot = state + i + j - c.origin;
-        m[u].value[j] = round_moment<T, kRounding>(mean, 0, c.tag, slot, c.s);
-        v[u].value[j] = round_moment<T, kRounding>(square, 1, c.tag, slot, c.s);
-      } else {
-        update = free_update(gradient, c.s);
-      }
-      apply_rounded<T, kRounding>(w[u].value[j], comp[u].value[j], update, c.s, c.tag,
-                                  c.element + i + j);
-    }
-    store_pack(c.weight + i, w[u]);
-    if constexpr (kRounding == MEMOPT_KAHAN) store_pack(c.compensation + i, comp[u]);
-    if constexpr (kFull) {
-      store_pack(c.moment[0] + state + i, m[u]);
-      if (c.has_second) store_pack(c.moment[1] + state + i, v[u]);
-    }
-  }
+  store_pack(c.weight + i, f.w);
+  if constexpr (kRounding == MEMOPT_KAHAN) store_pack(c.compensation + i, f.comp);
 }
 
 // Elements of one kind in a row; `state` is the arena position of the chunk's first element.
@@ -163,13 +193,13 @@ __device__ void run_columns(const Chunk<T>& c, bool aligned, int64_t state, uint
   uint32_t width = static_cast<uint32_t>(columns);
   bool vectors = aligned && columns % kWidth<T> == 0;
   int stop = vectors ? c.size / kWidth<T> * kWidth<T> : 0;
-  for (int i = threadIdx.x * kWidth<T>; i < stop; i += kStride<T>) {
+  for_packs<T, kRounding>(c, stop, [&](int i, Flight<T>& flight) {
     uint32_t offset = column0 + i, row = offset / width, column = offset - row * width;
     int2 word = __ldg(words + column / 32);
     uint32_t shift = column & 31, mask = static_cast<uint32_t>(word.x);
     int64_t at = state + (row0 + row) * chosen + word.y + __popc(mask & ((1u << shift) - 1));
-    step_mixed<T, kRounding>(c, i, mask >> shift & ((1u << kWidth<T>) - 1), at);
-  }
+    step_mixed<T, kRounding>(c, i, mask >> shift & ((1u << kWidth<T>) - 1), at, flight);
+  });
   for (int i = stop + threadIdx.x; i < c.size; i += kThreads) {
     uint32_t offset = column0 + i, row = offset / width, column = offset - row * width;
     int2 word = __ldg(words + column / 32);
@@ -187,16 +217,17 @@ __device__ void run_rows(const Chunk<T>& c, bool aligned, int64_t state, uint64_
   bool vectors = aligned && columns % kWidth<T> == 0 && aligned16(c.moment[0] + state) &&
                  (!c.has_second || aligned16(c.moment[1] + state));
   int stop = vectors ? c.size / kWidth<T> * kWidth<T> : 0;
-  for (int i = threadIdx.x * kWidth<T>; i < stop; i += kStride<T>) {
+  for_packs<T, kRounding>(c, stop, [&](int i, Flight<T>& flight) {
     uint64_t row = (column0 + i) / columns, column = column0 + i - row * columns;
     int32_t slot = __ldg(slots + row0 + row);
-    int64_t at = state + static_cast<int64_t>(slot) * columns + column - i;
-    if (slot >= 0) {
-      step_run<T, kRounding, true, 1>(c, i, stop, at);
-    } else {
-      step_run<T, kRounding, false, 1>(c, i, stop, 0);
+    if (slot < 0) {
+      finish_pack<T, kRounding, false>(c, i, 0, flight);
+      return;
     }
-  }
+    int64_t at = state + static_cast<int64_t>(slot * columns + column);
+    load_moments(c, at, flight);
+    finish_pack<T, kRounding, true>(c, i, at, flight);
+  });
   for (int i = stop + threadIdx.x; i < c.size; i += kThreads) {
     uint64_t row = (column0 + i) / columns, column = column0 + i - row * columns;
     int32_t slot = __ldg(slots + row0 + row);
@@ -245,7 +276,7 @@ struct Strata {
 template <typename T, int kRounding>
 __device__ void run_strata(const Chunk<T>& c, bool aligned, int64_t state, Strata strata) {
   int stop = aligned ? c.size / kWidth<T> * kWidth<T> : 0;
-  for (int i = threadIdx.x * kWidth<T>; i < stop; i += kStride<T>) {
+  for_packs<T, kRounding>(c, stop, [&](int i, Flight<T>& flight) {
     uint64_t element = c.element + i;
     uint32_t bits = 0;
     int64_t first = -1;
@@ -257,8 +288,8 @@ __device__ void run_strata(const Chunk<T>& c, bool aligned, int64_t state, Strat
       }
       if (strata.next >= element + kWidth<T> || strata.next >= strata.size) break;
     }
-    step_mixed<T, kRounding>(c, i, bits, state + first);
-  }
+    step_mixed<T, kRounding>(c, i, bits, state + first, flight);
+  });
   for (int i = stop + threadIdx.x; i < c.size; i += kThreads) {
     strata.seek(c.element + i);
     bool chosen = strata.pick() == c.element + i;
@@ -291,12 +322,12 @@ __device__ __forceinline__ Scalars scalars_of(const memopt_frugal_tensors& tenso
   return s;
 }
 
-// What a launch's segments may be; apart, because the index arithmetic of the second costs registers
-// that the first, the common case, turns into threads in flight.
+// What a launch's segments may be; apart, because the index arithmetic of the second costs
+// registers that the first, the common case, turns into threads in flight.
 enum Layout { kRuns, kIndexed, kQuantized };
 
 template <typename T, int kRounding, Layout kLayout>
-__global__ void __launch_bounds__(kThreads, kLayout == kRuns ? 4 : 2)
+__global__ void __launch_bounds__(kThreads, kLayout == kRuns && kRounding == MEMOPT_NEAREST ? 4 : 3)
     frugal_step_kernel(const __grid_constant__ memopt_frugal_tensors tensors,
                        const __grid_constant__ memopt_frugal_launch launch) {
   int chunk = blockIdx.x;
