@@ -31,6 +31,7 @@ class Child:
     config: dict[str, Any]
     liger: bool
     liger_rope: bool
+    keep_grads: bool = False
 
 
 def _build(child: Child, *, num_layers: int | None = None) -> Any:
@@ -68,9 +69,12 @@ def _attention_ops(step: Callable[[], None]) -> list[str]:
     return sorted(seen)
 
 
-def _step(model: Any, tokens: Any, attached: Attached, losses: list[Any]) -> None:
-    """Run one training step as a loop without an optimizer runs it."""
-    model.zero_grad(set_to_none=True)
+def _step(
+    model: Any, tokens: Any, attached: Attached, losses: list[Any], *, keep_grads: bool = False
+) -> None:
+    """Run one training step as a loop without an optimizer runs it; `keep_grads` accumulates instead."""
+    if not keep_grads:
+        model.zero_grad(set_to_none=True)
     with attached.step_context():
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -181,7 +185,10 @@ def _measure(child: Child, row: Row, flush: Callable[[dict[str, Any]], None]) ->
             if index == row.num_untimed and peaks is not None:
                 result["untimed_peaks"] = peaks.read()
                 peaks.start()
-            taken = time_step(lambda: _step(model, tokens, attached, losses), child.device)
+            taken = time_step(
+                lambda: _step(model, tokens, attached, losses, keep_grads=child.keep_grads),
+                child.device,
+            )
             if index < row.num_untimed:
                 result["untimed_step_s"].append(taken.wall_s)
             else:

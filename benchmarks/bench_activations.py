@@ -202,6 +202,7 @@ def _child_for(row: Row, args: argparse.Namespace) -> Child:
         config=TINY if args.dry else LLAMA_8B,
         liger=not args.dry,
         liger_rope=args.rope == "liger",
+        keep_grads=args.grads == "kept",
     )
 
 
@@ -250,6 +251,7 @@ def _main_parent(args: argparse.Namespace) -> int:
     run = provenance(PACKAGES) | {
         "config": _child_for(rows[0], args).config,
         "rope": args.rope,
+        "grads": args.grads,
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF", ALLOCATOR),
         "limits": limits,
         "rows": [],
@@ -289,6 +291,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rows",
         help="TOKENS:METHOD[=PLAN][@DEVICE_BUDGET] ..., by spaces; methods: " + ", ".join(METHODS),
+    )
+    parser.add_argument(
+        "--grads",
+        choices=("none", "kept"),
+        default="none",
+        help="gradients between steps: set to None (as optimizer.zero_grad() does), or kept and added to",
     )
     parser.add_argument(
         "--rope", choices=("liger", "hf"), default="liger", help="rotary embedding in every row"
