@@ -263,6 +263,28 @@ def svd_switch(timer: Timer, dtype: torch.dtype, device: str) -> dict[str, float
     return {"switch_ms": switch, "step_ms": timer.measure(optimizer.step)["ms"]}
 
 
+COLD = """
+import sys, time, torch
+sys.path.insert(0, sys.argv[1])
+from benchmarks import bench_frugal_step as b
+params = b.named_parameters(b.llama_shapes(), torch.bfloat16, "cuda")
+make = (b.peer_cases() | b.frugal_cases())[sys.argv[2]]
+optimizer = make(params)
+torch.cuda.synchronize()
+begin = time.perf_counter()
+optimizer.step()
+torch.cuda.synchronize()
+print((time.perf_counter() - begin) * 1e3)
+"""
+
+
+def cold_first_step_ms(case: str) -> float:
+    """Return the time of the very first step of a process: library loading and all."""
+    command = [sys.executable, "-c", COLD, str(ROOT), case]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
 def verdicts(results: dict[str, Any]) -> dict[str, Any]:
     """Compare with the claims: (measured, allowed, holds)."""
     found: dict[str, Any] = {}
@@ -273,7 +295,11 @@ def verdicts(results: dict[str, Any]) -> dict[str, Any]:
             continue
         adamw = times["torch AdamW fused"]
         for kind in ("all", "groups"):
-            case, switched = times[f"frugal {kind}"], times[f"frugal {kind}, every step a switch"]
+            case = times.get(f"frugal {kind}", {})
+            switched = times.get(f"frugal {kind}, every step a switch", {})
+            if "ms" not in case or "ms" not in switched or "ms" not in adamw:
+                found[f"{label} {kind}: measured"] = [0.0, 1.0, False]
+                continue
             checks = {
                 "share of AdamW fused": (case["ms"] / adamw["ms"], CLAIMS[f"{label} {kind}"]),
                 "ms, against bytes / copy bandwidth / 0.8": (
@@ -285,6 +311,15 @@ def verdicts(results: dict[str, Any]) -> dict[str, Any]:
             }  # fmt: skip
             for name, (measured, allowed) in checks.items():
                 found[f"{label} {kind}: {name}"] = [measured, allowed, measured <= allowed]
+        for kind in ("columns", "rows", "coordinates"):
+            case = times.get(f"frugal {kind}", {})
+            if "ms" in case:
+                least = case["moved_bytes"] / bandwidth / 0.8 * 1e3
+                name = f"{label} {kind}: ms, against bytes / copy bandwidth / 0.8"
+                found[name] = [case["ms"], least, case["ms"] <= least]
+    if cold := results.get("cold_first_step_ms"):
+        more = cold["frugal all"] - cold["torch AdamW fused"]
+        found["bf16 all: first step of a process, ms over AdamW's"] = [more, 1000.0, more <= 1000.0]
     return found
 
 
@@ -312,7 +347,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if device == "cuda" and not options.skip_checks:
         from tests.optim import gpu_checks
 
-        results["checks"], results["failed_checks"] = gpu_checks.run_all()
+        try:
+            results["checks"], results["failed_checks"] = gpu_checks.run_all()
+        except Exception as error:  # noqa: BLE001 - the timings may still be had
+            results["failed_checks"] = [f"{type(error).__name__}: {error}"[:2000]]
         save(results, options.out)
         sys.stdout.write(f"checks failed: {results['failed_checks']}\n")
     results["copy_bytes_per_s"] = copy_bandwidth(timer, device, 1 << (20 if options.tiny else 32))
@@ -336,6 +374,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             sys.stdout.flush()
             save(results, options.out)
     if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        colds = ("torch AdamW fused", "frugal all")
+        results["cold_first_step_ms"] = {case: cold_first_step_ms(case) for case in colds}
         results["svd, one block of seven matrices"] = svd_switch(timer, torch.bfloat16, device)
     results["claims"] = verdicts(results) if device == "cuda" else {}
     results["wall_s"] = time.perf_counter() - begin
