@@ -6,13 +6,17 @@ code that readers need not see. Lines of `sh` blocks that begin with `memopt` ru
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from memopt.types.sizes import format_bytes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -97,3 +101,25 @@ def test_tests_and_modules_that_pages_name_exist(page):
         r"`((?:tests|memopt|examples|benchmarks|docs)/[\w./]+)`", page.read_text()
     ):
         assert (ROOT / name).exists(), f"{page_id(page)} names {name}"
+
+
+def test_the_readme_shows_the_figures_of_the_demos_own_result():
+    """`docs/images/demo.json` is what `memopt demo --json` printed; the picture is of the same run."""
+    result = json.loads((ROOT / "docs/images/demo.json").read_text())
+    assert (ROOT / "docs/images/demo.png").read_bytes().startswith(b"\x89PNG")
+    assert result["losses_equal"]
+    assert result["weights_equal"]
+    assert result["within_budget"]
+    plain, ours = result["plain"], result["memopt"]
+    rows = [
+        (label, format_bytes(plain[key]), format_bytes(ours[key]), ours[key] / plain[key])
+        for label, key in (
+            ("accounted peak", "accounted_peak_bytes"),
+            ("resident peak", "resident_peak_bytes"),
+        )
+    ]
+    plain_s, ours_s = (statistics.median(run["cpu_s"][1:]) for run in (plain, ours))
+    rows.append(("CPU time of a step", f"{plain_s:.2f} s", f"{ours_s:.2f} s", ours_s / plain_s))
+    text = (ROOT / "README.md").read_text()
+    for label, of_plain, of_ours, share in rows:
+        assert f"| {label} | {of_plain} | {of_ours} | {share:.2f} |" in text, label
