@@ -102,7 +102,6 @@ class Resources:
             self.spill.staging.trim()
         if self.host is None:
             return
-        self.host.trim()
         torch.cuda.empty_cache()
         sizes: Counter[int] = Counter()
         for region in plan.regions:

@@ -89,7 +89,8 @@ class CudaTransfers:
         self.in_stream = torch.cuda.Stream(device)
         self._outgoing: deque[Outgoing] = deque()
         self._outgoing_bytes = 0
-        self._waits: deque[tuple[Any, Any]] = deque()
+        self._waits: deque[tuple[Any, Any, str]] = deque()
+        self.exposed_by: dict[str, float] = {}
 
     def store(
         self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool
@@ -113,7 +114,7 @@ class CudaTransfers:
         """Copy `source` into `buffer` on the outgoing stream, inside the window."""
         nbytes = nbytes_of(source)
         while self._outgoing and self._outgoing_bytes + nbytes > self.window_bytes:
-            self._retire(self._outgoing.popleft())
+            self._retire(self._outgoing.popleft(), "window")
         self.out_stream.wait_event(torch.cuda.current_stream(self.device).record_event())
         with torch.cuda.stream(self.out_stream):
             host = buffer.tensor(source.dtype, (source.numel(),))
@@ -136,8 +137,8 @@ class CudaTransfers:
         self.moved.h2d_bytes += nbytes_of(tensor)
         return Landing(tensor, event, compute)
 
-    def wait_timed(self, event: Any) -> None:
-        """Make the compute stream wait for `event` and note how long it did."""
+    def wait_timed(self, event: Any, cause: str) -> None:
+        """Make the compute stream wait for `event` and note how long it did, and why."""
         compute = torch.cuda.current_stream(self.device)
         if event.query():
             return
@@ -146,11 +147,11 @@ class CudaTransfers:
         before.record(compute)
         compute.wait_event(event)
         after.record(compute)
-        self._waits.append((before, after))
+        self._waits.append((before, after, cause))
 
     def protect(self, outgoing: Outgoing) -> None:
         """The program writes to the source next: the compute stream waits for the copy out."""
-        self.wait_timed(outgoing.done)
+        self.wait_timed(outgoing.done, "write")
         outgoing.version = None
 
     def drain(self) -> None:
@@ -160,15 +161,17 @@ class CudaTransfers:
         allocated through the whole backward.
         """
         while self._outgoing:
-            self._retire(self._outgoing.popleft())
+            self._retire(self._outgoing.popleft(), "drain")
 
     def poll(self) -> None:
         """Drop sources whose copy has ended; add up the waits that are over."""
         while self._outgoing and self._outgoing[0].done.query():
             self._drop(self._outgoing.popleft())
         while self._waits and self._waits[0][1].query():
-            before, after = self._waits.popleft()
-            self.moved.exposed_s += before.elapsed_time(after) / 1e3
+            before, after, cause = self._waits.popleft()
+            seconds = before.elapsed_time(after) / 1e3
+            self.moved.exposed_s += seconds
+            self.exposed_by[cause] = self.exposed_by.get(cause, 0.0) + seconds
         if self.spill is not None:
             self.spill.poll()
 
@@ -204,8 +207,8 @@ class CudaTransfers:
             if self.spill is not None:
                 self.spill.close()
 
-    def _retire(self, outgoing: Outgoing) -> None:
-        self.wait_timed(outgoing.done)
+    def _retire(self, outgoing: Outgoing, cause: str) -> None:
+        self.wait_timed(outgoing.done, cause)
         self._drop(outgoing)
 
     def _drop(self, outgoing: Outgoing) -> None:
@@ -263,7 +266,7 @@ class HostStored:
         self.prefetch()
         landing, self._landing = self._landing, None
         assert landing is not None, "a host copy is taken once unless it is kept"
-        self._transfers.wait_timed(landing.event)
+        self._transfers.wait_timed(landing.event, "fetch")
         self._last_event = landing.event
         return landing.take()
 

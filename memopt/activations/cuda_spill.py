@@ -119,7 +119,7 @@ class CudaSpillStored:
             raise
         landing = self._transfers.copy_in(self._shape, self._stride, buffer, self._dtype)
         buffer.release(landing.event)
-        self._transfers.wait_timed(landing.event)
+        self._transfers.wait_timed(landing.event, "fetch")
         return landing.take()
 
     def _start(self, buffer: HostBuffer) -> None:
