@@ -10,6 +10,7 @@ the next root forward after a backward; plans switch only at a root forward with
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,12 @@ from memopt.types.trace import StepTrace
 EngineChoice = Literal["auto", "io_uring", "threads"]
 _CALIBRATION_STEP = 3
 """After this many steps: the first traced and compiled, the second locked host memory."""
+
+_OUT_OF_MEMORY = (
+    "out of device memory inside memopt's budget: raise the device budget, run a smaller batch or "
+    "sequence, or try plan='recompute' and the smaller of the two peaks above; something beside "
+    "the loop that holds device memory (another model, kept outputs) counts against the budget too"
+)
 
 _UNIFORM = ("recompute", "host", "ssd", "device")
 
@@ -157,8 +164,11 @@ class Session:
         return self.start()
 
     def __exit__(self, *exc: object) -> None:
-        """Stop, also after an exception."""
+        """Stop, also after an exception; out of memory gets memopt's own table and what to do."""
+        out_of_memory = isinstance(exc[1], torch.OutOfMemoryError) if len(exc) > 1 else False
         self.stop()
+        if out_of_memory:
+            sys.stderr.write(f"{self.report()}\n{_OUT_OF_MEMORY}\n")
 
     # - What a user may ask
 
@@ -323,7 +333,7 @@ class _Optimize(contextlib.ContextDecorator):
         return session
 
     def __exit__(self, *exc: object) -> None:
-        self._sessions.pop().stop()
+        self._sessions.pop().__exit__(*exc)
 
 
 def optimize(  # noqa: PLR0913 - the settings users know, spelled out for them and their editors
