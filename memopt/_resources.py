@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from memopt._states import expected_grad_bytes, measure_states, optimizer_tensors
 from memopt.activations.spill import SpillArea
 from memopt.activations.transfers import CpuTransfers, Transfers
 from memopt.io import Engine, ExtentStore, open_engine
@@ -20,7 +21,6 @@ from memopt.memory.link import PROBE_BYTES, measure_hardware
 from memopt.memory.malloc import pin_mmap_threshold
 from memopt.memory.meter import CpuMeter, CudaMeter, Meter
 from memopt.memory.pinned import HostPool
-from memopt.states_bytes import expected_grad_bytes, measure_states, optimizer_tensors
 from memopt.types.budget import Budget, ResolvedBudget
 from memopt.types.errors import BudgetError, ConfigError
 from memopt.types.hardware import Hardware

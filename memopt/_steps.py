@@ -12,9 +12,9 @@ from torch.autograd import Variable
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
+from memopt._states import expected_grad_bytes, measure_states
 from memopt.activations.observe import RegionObserver
 from memopt.memory.meter import Meter
-from memopt.states_bytes import expected_grad_bytes, measure_states
 from memopt.trace.live import States, StepFigures, build_step_trace
 from memopt.types.trace import StepTrace
 
