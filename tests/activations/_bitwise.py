@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +32,17 @@ SPILL = (
 )  # in the checkout: a temporary directory may be tmpfs, which is memory
 CPU_PLACEMENTS = ("recompute", "kept", "ssd", "mix-0", "mix-1")
 GPU_PLACEMENTS = ("recompute", "kept", "host", "mix-0", "mix-1")
+
+
+SWEEPS = (
+    2,
+    pytest.param(1000, marks=pytest.mark.slow),
+)  # positions tried by `assert_bitwise_for_single_ops`
+
+
+def some(*fast: str) -> list[Any]:
+    """All CPU placements as parameters; those not named run with `-m slow` only."""
+    return [p if p in fast else pytest.param(p, marks=pytest.mark.slow) for p in CPU_PLACEMENTS]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

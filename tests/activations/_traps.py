@@ -306,7 +306,9 @@ class UnseenInput(Block):
     """The region's own input is written by numpy; nothing outside needs its old value."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.b(_NumpyInPlace.apply(x))) + 1.0  # an add, so that backward needs no output
+        return (
+            torch.tanh(self.b(_NumpyInPlace.apply(x))) + 1.0
+        )  # an add, so that backward needs no output
 
 
 trap("6-fill", UnseenFill)

@@ -22,6 +22,7 @@ from _bitwise import (
     plain_run,
     plan_for,
     run_memopt,
+    some,
     trace_of,
 )
 from _models import MODELS, TOKENS, _llama, ids, model_program
@@ -75,7 +76,7 @@ def test_model_whichever_op_is_kept(name):
     assert_bitwise_for_single_ops(model_program(name, dropout=True, autocast=False), limit=1000)
 
 
-@pytest.mark.parametrize("placement", CPU_PLACEMENTS)
+@pytest.mark.parametrize("placement", some("kept", "ssd", "mix-0"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype, placement):
     program = _in_dtype(dtype)
@@ -88,7 +89,7 @@ def _in_dtype(dtype):
     return Program(build=lambda: base.build().to(dtype), step=base.step)
 
 
-@pytest.mark.parametrize("placement", CPU_PLACEMENTS)
+@pytest.mark.parametrize("placement", some("kept", "ssd", "mix-0"))
 def test_eager_attention(placement):
     """Attention as single ops: S x S scores, a mask that is added, softmax in float32, dropout."""
     assert_bitwise(EAGER_ATTENTION, placement)
@@ -103,13 +104,13 @@ def _eager_attention():
 EAGER_ATTENTION = Program(build=_eager_attention, step=model_program("llama").step)
 
 
-@pytest.mark.parametrize("placement", CPU_PLACEMENTS)
+@pytest.mark.parametrize("placement", some("kept", "ssd", "mix-0"))
 def test_strict_is_as_exact(placement):
     record = assert_bitwise(model_program("llama", dropout=True), placement, strict=True)
     assert record.run.report() is not None
 
 
-@pytest.mark.parametrize("placement", CPU_PLACEMENTS)
+@pytest.mark.parametrize("placement", some("kept", "ssd", "mix-0"))
 def test_channels_last_images(placement):
     assert_bitwise(CHANNELS_LAST, placement)
 
@@ -215,7 +216,7 @@ def test_a_flat_sequential_is_cut_at_about_equal_bytes():
 
 
 # ---------------------------------------------------------------------------------------------------- plans and shapes
-@pytest.mark.parametrize("placement", CPU_PLACEMENTS)
+@pytest.mark.parametrize("placement", some("kept", "ssd", "mix-0"))
 def test_batches_and_sequences_change_shape(placement):
     program = model_program("llama", dropout=True)
 
@@ -269,7 +270,7 @@ def test_a_budget_that_nothing_meets_is_refused_with_the_smallest_that_works():
         memopt.optimize(model, budget=memopt.Budget(device="16KiB")),
     ):
         program.step(model, 0)
-    assert "iB" in str(caught.value)
+    assert "smallest" in str(caught.value)
     assert all("forward" not in vars(m) for m in model.modules())
 
 

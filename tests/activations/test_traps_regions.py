@@ -7,7 +7,6 @@ import functools
 import pytest
 import torch
 from _bitwise import (
-    CPU_PLACEMENTS,
     Executed,
     Program,
     assert_bitwise,
@@ -17,6 +16,7 @@ from _bitwise import (
     plan_for,
     quiet,
     run_memopt,
+    some,
     trace_of,
 )
 from _models import model_program
@@ -122,7 +122,7 @@ def test_regions_compiled_by_inductor(placement):
         assert_bitwise(Program(build=build, step=simple_step, regions=["layers"]), placement)
 
 
-@pytest.mark.parametrize("placement", CPU_PLACEMENTS)
+@pytest.mark.parametrize("placement", some("recompute", "kept", "ssd", "mix-0"))
 def test_user_hooks(placement):
     """Forward and backward hooks on regions and submodules, and tensor hooks inside a region, all change values."""
 
@@ -197,6 +197,7 @@ def test_frozen_regions_are_not_recomputed_and_store_nothing():
         assert not stored or placement != "ssd"
 
 
+@pytest.mark.xfail(strict=True, reason="not yet: needs proof that no unseen kernel reads the op")
 def test_an_op_that_nothing_left_needs_is_skipped():
     """With softmax stored, q k^T need not run again: its only reader is answered from storage."""
 

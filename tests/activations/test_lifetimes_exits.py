@@ -1,0 +1,303 @@
+"""Exceptions in any phase, leaving early or late, entering again, and 200 steps: nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import threading
+
+import pytest
+import torch
+from _bitwise import (
+    Program,
+    compare,
+    differences,
+    flat,
+    plain_run,
+    plan_for,
+    run_memopt,
+    some,
+    spill_directory,
+)
+from _models import model_program
+from _traces import Traces
+from _traps import TRAPS, NativeDropout, Net, batch, simple_step
+from torch import nn
+
+import memopt
+
+PLANS = ("recompute", "kept", "ssd")
+LLAMA = model_program("llama", dropout=True)
+DROPOUT = functools.partial(Net, NativeDropout)
+DROPPING = Program(build=DROPOUT, step=simple_step, regions=["layers"])
+
+
+def started(model, path, optimizer=None, **options):
+    """A context on `model` with SSD space at `path`."""
+    options.setdefault("budget", memopt.Budget(ssd=f"{path}:64MiB"))
+    return memopt.optimize(model, optimizer, **options)
+
+
+# ------------------------------------------------------------------------------------------------- exceptions
+class Interrupting(Net):
+    """Raises at a chosen place: in a region's forward, outside, in recomputation."""
+
+    where = ""
+    calls = 0
+
+    def forward(self, x):
+        h = self.inp(x)
+        for number, layer in enumerate(self.layers):
+            h = layer(h)
+            if Interrupting.where == "between" and number == 1:
+                raise KeyboardInterrupt
+        return self.out(h)
+
+
+class Raises(NativeDropout):
+    """Counts its calls in one step and raises at the chosen one."""
+
+    at = -1
+    calls = 0
+    error: type[BaseException] = KeyboardInterrupt
+
+    def forward(self, x):
+        Raises.calls += 1
+        h = torch.sin(self.a(x))
+        if Raises.calls == Raises.at:
+            raise Raises.error
+        return super().forward(h)
+
+
+RAISING = Program(
+    build=functools.partial(Interrupting, Raises), step=simple_step, regions=["layers"]
+)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("at", [2, 4, 5, 6])
+def test_an_exception_in_any_phase_leaves_the_next_step_exact(at, error, plan):
+    """Calls 1-3 are the forward, 4-6 the recomputations; step 1 is aborted there, later steps repeat the plain ones."""
+
+    def step(model, i):
+        Raises.calls, Raises.at, Raises.error = 0, -1, error
+        if i in (1, 2):
+            state = torch.get_rng_state()
+            Raises.at = at if guarded else -1
+            if guarded:
+                with pytest.raises(error):
+                    simple_step(model, i)
+                Raises.calls, Raises.at = 0, -1
+            model.zero_grad()
+            torch.set_rng_state(state)
+        return simple_step(model, i)
+
+    program = Program(
+        build=functools.partial(Net, Raises), step=step, regions=["layers"], num_steps=4
+    )
+    guarded = False
+    plain = plain_run(program)
+    guarded = True
+    Raises.at = -1
+    record = run_memopt(program, plan_for(RAISING, plan))
+    compare(plain, record)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "ssd",
+        pytest.param("recompute", marks=pytest.mark.slow),
+        pytest.param("kept", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    "phase", ["first step", "forward", "recomputation", "between", "hook", "optimizer"]
+)
+def test_an_exception_leaves_nothing_behind(phase, plan):
+    """It leaves the `with` block; the model is as it was, and a new context works."""
+    torch.manual_seed(0)
+    model = Interrupting(Raises).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Raises.calls, Raises.at, Raises.error = 0, -1, KeyboardInterrupt
+    Interrupting.where = ""
+    plan = plan_for(RAISING, plan)
+    traces = Traces(model)
+    with (
+        spill_directory() as path,
+        pytest.raises(KeyboardInterrupt),
+        started(model, path, optimizer, plan=plan, regions=["layers"]),
+    ):
+        for i in range(3):
+            Raises.calls = 0
+            late = i == 2 or phase == "first step"
+            Raises.at = (
+                {"first step": 5, "forward": 2, "recomputation": 5}.get(phase, -1) if late else -1
+            )
+            Interrupting.where = phase if late else ""
+            loss = model(batch(i)).square().mean()
+            if phase == "hook" and late:
+                loss.register_hook(lambda grad: (_ for _ in ()).throw(KeyboardInterrupt))
+            loss.backward()
+            if phase == "optimizer" and late:
+                raise KeyboardInterrupt
+            optimizer.step()
+            optimizer.zero_grad()
+    Interrupting.where, Raises.at = "", -1
+    model.zero_grad()
+    del loss
+    traces.check()
+    Interrupting.where = ""
+    with spill_directory() as path, started(model, path, plan=plan, regions=["layers"]):
+        for i in range(2):
+            Raises.calls = 0
+            simple_step(model, i)
+
+
+def test_an_error_of_the_user_keeps_its_type_and_message():
+    model = model_program("llama").build().train()
+    with pytest.raises(KeyError, match="my own"), memopt.optimize(model, plan="recompute"):
+        raise KeyError("my own")
+    with (
+        pytest.raises((RuntimeError, ValueError, IndexError)) as caught,
+        memopt.optimize(model, plan="recompute"),
+    ):
+        model(input_ids=torch.full((1, 4), 10_000))  # no such token
+    assert "memopt" not in type(caught.value).__module__
+
+
+# --------------------------------------------------------------------------------------------- leaving and re-entering
+@pytest.mark.parametrize("plan", PLANS)
+def test_leaving_restores_the_model_exactly(plan):
+    model = LLAMA.build().train()
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    traces = Traces(model, optimizer)
+    with spill_directory() as path:
+        with started(model, path, optimizer, plan=plan_for(LLAMA, plan)):
+            for i in range(3):
+                LLAMA.step(model, i)
+                optimizer.step()
+                optimizer.zero_grad()
+        optimizer.zero_grad()
+        traces.check()
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2])
+@pytest.mark.parametrize("plan", PLANS)
+def test_leaving_early(num_steps, plan):
+    """Before the first step, after the traced one, and with a forward that was never run backward."""
+    model = DROPOUT().train()
+    traces = Traces(model)
+    with spill_directory() as path:
+        with started(model, path, plan=plan_for(DROPPING, plan), regions=["layers"]) as run:
+            for i in range(num_steps):
+                simple_step(model, i)
+            pending = model(batch(9))
+            if num_steps == 1:
+                del pending
+        assert str(run.report())
+        pending = None
+        model.zero_grad()
+        traces.check()
+
+
+def test_a_second_context_on_the_same_model_is_refused():
+    model = DROPOUT().train()
+    run = memopt.start(model, plan="recompute", regions=["layers"])
+    with pytest.raises(memopt.ConfigError, match="already"):
+        memopt.start(model, plan="device", regions=["layers"])
+    with pytest.raises(memopt.ConfigError, match="already"), memopt.optimize(model):
+        pass
+    with pytest.raises(memopt.ConfigError, match="already"):
+        memopt.start(nn.Sequential(model, nn.Tanh()), plan="device")  # a model that contains it
+    with pytest.raises(memopt.ConfigError, match="already"):
+        memopt.start(model.layers[0], plan="device")  # a part of it
+    simple_step(model, 0)  # the first still works
+    run.stop()
+    memopt.start(model, plan="device", regions=["layers"]).stop()
+
+
+def test_two_models_at_once():
+    """A student and a teacher in one loop, each under its own context."""
+
+    def loop(guards):
+        torch.manual_seed(0)
+        student, teacher = DROPOUT().train(), DROPOUT().train()
+        losses = []
+        with contextlib.ExitStack() as stack:
+            for guard, model in zip(guards, (student, teacher), strict=True):
+                stack.enter_context(guard(model))
+            for i in range(3):
+                loss = (student(batch(i)) - teacher(batch(i))).square().mean()
+                loss.backward()
+                losses.append(loss.detach())
+        return flat([losses, [p.grad for p in (*student.parameters(), *teacher.parameters())]])
+
+    plain = loop([lambda m: contextlib.nullcontext()] * 2)
+    with spill_directory() as path:
+        both = loop(
+            [
+                lambda m: memopt.optimize(m, plan="device", regions=["layers"]),
+                lambda m: started(m, path, plan="ssd", regions=["layers"]),
+            ]
+        )
+    assert not differences(plain, both)
+
+
+def test_start_in_one_thread_and_stop_in_another():
+    torch.manual_seed(0)
+    model = DROPOUT().train()
+    traces = Traces(model)
+    with spill_directory() as path:
+        run = memopt.start(
+            model, plan="ssd", regions=["layers"], budget=memopt.Budget(ssd=f"{path}:16MiB")
+        )
+        for i in range(2):
+            simple_step(model, i)
+        thread = threading.Thread(target=run.stop)
+        thread.start()
+        thread.join()
+        del thread
+        model.zero_grad()
+        traces.check()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_session_does_not_keep_the_model_alive(plan):
+    import weakref
+
+    model = DROPOUT().train()
+    with (
+        spill_directory() as path,
+        started(model, path, plan=plan_for(DROPPING, plan), regions=["layers"]),
+    ):
+        simple_step(model, 0)
+        simple_step(model, 1)
+    alive = [weakref.ref(p) for p in model.parameters()]
+    del model
+    gc.collect()
+    assert not [r for r in alive if r() is not None]
+
+
+@pytest.mark.parametrize("placement", some("ssd", "mix-0"))
+def test_200_steps_grow_nothing(placement):
+    """Live tensors, files, threads, SSD bytes and Python objects of memopt are the same after 20 and after 200."""
+    program = TRAPS["1-in-place"]
+    plan = plan_for(program, placement)
+    torch.manual_seed(0)
+    model = program.build().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    levels = []
+    with (
+        spill_directory() as path,
+        started(model, path, optimizer, plan=plan, regions=["layers"]) as run,
+    ):
+        for i in range(201):
+            simple_step(model, i)
+            optimizer.step()
+            optimizer.zero_grad()
+            if i in (20, 110, 200):
+                levels.append((*Traces.figures(), run.report().to_dict()["measured"]["ssd_bytes"]))
+    assert levels[0] == levels[1] == levels[2], levels
