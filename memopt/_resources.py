@@ -90,9 +90,7 @@ class Resources:
         """Measure the ways off the device."""
         if self.io is None:
             return measure_hardware(self.device, self.host, None)
-        probed = [(d.path, PROBE_BYTES) for d in self.budget.ssd if d.size_bytes >= PROBE_BYTES]
-        if not probed:
-            return measure_hardware(self.device, self.host, self.io[1])
+        probed = [(d.path, min(PROBE_BYTES, d.size_bytes)) for d in self.budget.ssd]
         with ExtentStore(probed, self.io[0]) as store:
             return measure_hardware(self.device, self.host, store)
 

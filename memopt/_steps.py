@@ -80,6 +80,11 @@ class Steps:
         """Bytes of gradients alive now."""
         return sum(p.grad.nbytes for p in self._model.parameters() if p.grad is not None)
 
+    @property
+    def begun(self) -> bool:
+        """Whether a forward of the step in progress was seen."""
+        return self._begin is not None
+
     def end_root(self) -> None:
         """It returned or raised."""
         self._end = self._meter.mark()

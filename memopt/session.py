@@ -91,6 +91,7 @@ class Session:
         self.notes: list[str] = []
         self._planner: Planner | None = None
         self._calibrated = False
+        self._num_roots_open = 0
         self._asked_plan = _read_plan(settings.plan)
         self._regions = find_regions(model, settings.regions)
         self._resources: Resources | None = None
@@ -128,6 +129,7 @@ class Session:
         engine.use(first_plan(self._regions, resources.safest_input))
         engine.observer = self._observer
         engine.on_recompute = self._steps.backward_begins
+        engine.on_call = self._region_called
         if not self._regions:
             self.notes.append(
                 "no region found (no list of blocks): name some with regions=[...]; only tensors "
@@ -203,23 +205,42 @@ class Session:
     def _root_call(
         self, patch: PatchedForward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        engine, resources = self._engine, self._resources
+        engine = self._engine
         assert engine is not None
-        assert resources is not None
-        if self.optimizer is None and self._steps.saw_backward:
-            self._end_step()
-        self._update_plan(engine, resources)
-        engine.begin_root()
-        if self._observer is not None:
-            self._observer.begin_root()
-        self._steps.begin_root(args, kwargs)
+        self._begin(args, kwargs)
+        self._num_roots_open += 1
         try:
             with self._outside(engine):
                 out = patch.plain(*args, **kwargs)
         finally:
+            self._num_roots_open -= 1
             self._steps.end_root()
         self._steps.watch(out)
         return out
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward with gradients begins: the place where steps end and plans switch."""
+        assert self._engine is not None
+        assert self._resources is not None
+        if self.optimizer is None and self._steps.saw_backward:
+            self._end_step()
+        self._update_plan(self._engine, self._resources)
+        self._engine.begin_root()
+        if self._observer is not None:
+            self._observer.begin_root()
+        self._steps.begin_root(args, kwargs)
+
+    def _region_called(self) -> None:
+        """A region runs; where the loop calls regions itself, the first one begins the step."""
+        if self._num_roots_open:
+            return
+        if not self._steps.begun or (self.optimizer is None and self._steps.saw_backward):
+            self._begin((), {})
+            self._engine_note("regions are called outside the model's own forward")
+
+    def _engine_note(self, note: str) -> None:
+        assert self._engine is not None
+        self._engine.notes[note] = None
 
     def _outside(self, engine: ActivationEngine) -> Any:
         if self._observer is None and engine.plan.outside == "device":

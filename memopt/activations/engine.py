@@ -69,6 +69,7 @@ class ActivationEngine:
         self.strict = strict
         self.observer: Observer | None = None
         self.on_recompute: Callable[[], None] | None = None
+        self.on_call: Callable[[], None] | None = None
         self.fragile: dict[str, frozenset[int]] = {}
         self.written_inputs: dict[str, frozenset[int]] = {}
         self._changing: set[str] = set()
@@ -141,6 +142,8 @@ class ActivationEngine:
     # - A region call
 
     def _call(self, patch: PatchedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.on_call is not None:
+            self.on_call()
         name = self._call_name(patch.name)
         plan = self._plans.get(name, _RECOMPUTED)
         if plan.plain and self.observer is None:

@@ -24,7 +24,7 @@ class Label:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.what} of region {self.region!r}"
+        return f"{self.what} of region {self.region!r}" if self.region else self.what
 
 
 class Stored(Protocol):

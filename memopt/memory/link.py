@@ -82,10 +82,11 @@ def _memcpy_rate() -> float:
 
 
 def _disk_rates(store: Any) -> tuple[float, float]:
+    nbytes = min(PROBE_BYTES, store.stats().budget_bytes)
     with HostPool(PROBE_BYTES, register=False) as pool:
-        buffer = pool.take(PROBE_BYTES)
-        buffer.memoryview[:] = os.urandom(PROBE_BYTES)
-        extent = store.alloc(PROBE_BYTES)
+        buffer = pool.take(nbytes)
+        buffer.memoryview[:] = os.urandom(nbytes)
+        extent = store.alloc(nbytes)
         try:
             begin = time.perf_counter()
             store.write(extent, buffer.memoryview).wait()
@@ -95,4 +96,4 @@ def _disk_rates(store: Any) -> tuple[float, float]:
         finally:
             store.free(extent)
             buffer.release()
-    return PROBE_BYTES / (middle - begin), PROBE_BYTES / (end - middle)
+    return nbytes / (middle - begin), nbytes / (end - middle)
