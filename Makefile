@@ -15,6 +15,10 @@ INPUTS := Makefile pyproject.toml constraints.txt $(wildcard setup.py MANIFEST.i
 # 1: a native part that cannot be built is a failure of `make test`, not a skip.
 REQUIRE_NATIVE ?= 1
 
+# The CUDA kernels are built, and then required by the tests, where there is an nvcc.
+NVCC := $(firstword $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/nvcc) $(shell command -v nvcc))
+KERNELS := $(if $(NVCC),.native/libmemopt_cuda.so)
+
 .PHONY: help demo test lint format setup clean
 help:
 	@sed -n '1,4p' Makefile | sed 's/^# \?//'
@@ -52,7 +56,10 @@ $(VENV)/.dev: $(VENV)/.torch $(INPUTS)
 	MEMOPT_REQUIRE_NATIVE=$(REQUIRE_NATIVE) $(PIP) install -q -e '.[dev]' -c constraints.txt
 	@touch $@ $(VENV)/.demo
 
-setup: $(VENV)/.dev
+.native/libmemopt_cuda.so: tools/build_cuda.py $(wildcard csrc/cuda/* csrc/torch/*) | $(VENV)/.torch
+	$(BIN)/python tools/build_cuda.py
+
+setup: $(VENV)/.dev $(KERNELS)
 
 demo: $(VENV)/.demo
 	$(BIN)/memopt demo --output demo_out
@@ -67,8 +74,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 # The tests' tensors are small: one thread is as fast as several, and steadier.
-test: lint
-	MEMOPT_REQUIRE_NATIVE=$(REQUIRE_NATIVE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: lint $(KERNELS)
+	MEMOPT_REQUIRE_NATIVE=$(REQUIRE_NATIVE) MEMOPT_REQUIRE_CUDA=$(if $(KERNELS),1,0) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 clean:
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo_out

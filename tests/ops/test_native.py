@@ -18,7 +18,7 @@ from memopt.types.errors import NativeUnavailable
 ROOT = Path(__file__).resolve().parents[2]
 status = cuda_status()
 needs_library = pytest.mark.skipif(
-    not status.loaded and os.environ.get("MEMOPT_REQUIRE_NATIVE") != "1", reason=status.reason
+    not status.loaded and os.environ.get("MEMOPT_REQUIRE_CUDA") != "1", reason=status.reason
 )
 
 
