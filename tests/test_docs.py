@@ -103,6 +103,12 @@ def test_tests_and_modules_that_pages_name_exist(page):
         assert (ROOT / name).exists(), f"{page_id(page)} names {name}"
 
 
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs/README.md").read_text()
+    missing = [page.name for page in PAGES if page.parent.name == "docs" and page.name not in index]
+    assert missing == ["README.md"]
+
+
 def test_the_readme_shows_the_figures_of_the_demos_own_result():
     """`docs/images/demo.json` is what `memopt demo --json` printed; the picture is of the same run."""
     result = json.loads((ROOT / "docs/images/demo.json").read_text())

@@ -73,7 +73,9 @@ def _check_extras() -> None:
 
     missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
     if missing:
-        raise click.UsageError(f"{' and '.join(missing)} missing: pip install 'memopt[demo]'")
+        raise click.UsageError(
+            f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+        )
 
 
 def run_both(config: DemoConfig, share: float, output: Path, people: Console) -> dict[str, Any]:

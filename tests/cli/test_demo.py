@@ -137,3 +137,10 @@ def test_the_demo_is_as_large_as_promised():
 def test_the_whole_demo(tmp_path):
     ran = CliRunner().invoke(main, ["demo", "--output", str(tmp_path), "--json"])
     assert ran.exit_code == 0, ran.output
+
+
+def test_a_missing_library_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setattr(demo_module, "_NEEDS", ("json", "no_such_library"))
+    ran = CliRunner().invoke(main, ["demo"])
+    assert ran.exit_code == 2
+    assert "pip install no_such_library" in ran.output
