@@ -84,7 +84,7 @@ def test_commands_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_extras_exist(page):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for extras in re.findall(r"memopt\[([\w,]+)\]", page.read_text()):
+    for extras in re.findall(r"(?:memopt|\.)\[([\w,]+)\]", page.read_text()):
         assert set(extras.split(",")) <= set(project["optional-dependencies"])
 
 
