@@ -253,6 +253,25 @@ def random_plan(
     )
 
 
+def every_op_plan(trace: Any, placement: str) -> Any:
+    """A hand-edited plan that names every traced op, whether it may be placed or not."""
+    import memopt.types.plan as types
+
+    regions = tuple(
+        types.RegionPlan(
+            name=region.name,
+            ops=tuple(
+                types.OpPlacement(
+                    position=op.position, op=op.op, placement=placement, nbytes=op.nbytes
+                )
+                for op in region.ops
+            ),
+        )
+        for region in trace.regions
+    )
+    return types.Plan(regions=regions)
+
+
 def single_op_plans(trace: Any, limit: int = 10) -> Iterator[tuple[str, Any]]:
     """For every placeable position two plans: only the op there is kept; all others are (device and SSD in turn).
 

@@ -16,6 +16,7 @@ from _bitwise import (
     assert_bitwise_for_single_ops,
     assert_bitwise_or_refused,
     compare,
+    every_op_plan,
     notes_of,
     plain_run,
     plan_for,
@@ -52,6 +53,22 @@ def test_random_ops_are_told_from_others():
     }
     dropout = [kind for op, (kind, _) in kinds.items() if "native_dropout" in op]
     assert dropout == ["random"]
+    for region in trace_of(TRAPS["2-rand-like"]).regions:
+        for op in region.ops:
+            if op.kind in ("random", "factory"):
+                assert not op.placeable and op.reason, op
+
+
+@pytest.mark.parametrize("placement", ["device", "ssd"])
+@pytest.mark.parametrize("name", [n for n in TRAPS if n[:2] in ("1-", "2-", "3-", "6-")])
+def test_a_plan_that_names_every_op_is_exact_or_refused(name, placement):
+    """A plan may be edited by hand: random ops, factories and unseen writers' targets are in it too."""
+    program = TRAPS[name]
+    try:
+        record = run_memopt(program, every_op_plan(trace_of(program), placement), num_steps=2)
+    except (memopt.MemoptError, memopt.ConfigError):
+        return
+    compare(plain_run(program), record, num_steps=2)
 
 
 @pytest.mark.parametrize("placement", some("recompute", "kept", "ssd", "mix-0"))
