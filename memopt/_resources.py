@@ -118,6 +118,14 @@ class Resources:
             min(1.0, self.budget.device_bytes / total), self.device
         )
 
+    def check_thread(self) -> None:
+        """Refuse to stop in another thread: its accounting mode can only be popped where it was pushed."""
+        if self.accounted is not None and threading.get_ident() != self._thread:
+            raise ConfigError(
+                "stop() was called in another thread than start(): without CUDA the session counts "
+                "tensors in the thread that started it; call stop() there"
+            )
+
     def close(self) -> None:
         """Give everything back."""
         if self.closed:
@@ -133,10 +141,7 @@ class Resources:
             if self.io is not None:
                 self.io[0].close()
             if self.accounted is not None:
-                if threading.get_ident() == self._thread:
-                    self.accounted.__exit__(None, None, None)
-                else:  # a mode can only be popped by the thread that pushed it
-                    self.accounted.retire()
+                self.accounted.__exit__(None, None, None)
 
 
 def open_resources(

@@ -150,6 +150,7 @@ class Session:
         """Close the context: the model is as it was, every buffer, file and thread is gone."""
         if self._resources is None or self._resources.closed:
             return
+        self._resources.check_thread()
         self._steps.finish()
         if self._engine is not None and self._engine.observer is None:
             self._steps.end_step(final=True)

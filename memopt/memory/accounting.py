@@ -38,7 +38,6 @@ class AccountedMemory(TorchDispatchMode):
         self.on_sample = on_sample
         self.current_bytes = 0
         self.peak_bytes = 0
-        self._retired = False
         self._live: dict[int, Any] = {}
 
     @classmethod
@@ -47,10 +46,6 @@ class AccountedMemory(TorchDispatchMode):
         return True
 
     supports_higher_order_operators = True
-
-    def retire(self) -> None:
-        """Stop counting from another thread than the one that entered the mode."""
-        self._retired = True
 
     def reset_peak(self) -> None:
         """Start a new peak from the current level."""
@@ -88,8 +83,6 @@ class AccountedMemory(TorchDispatchMode):
     ) -> Any:
         """Run the op and count what it allocated."""
         out = func(*args, **(kwargs or {}))
-        if self._retired:
-            return out
         before = self.current_bytes
         if isinstance(out, Tensor):
             self.track(out)

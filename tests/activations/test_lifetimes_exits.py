@@ -246,7 +246,7 @@ def test_two_models_at_once():
     assert not differences(plain, both)
 
 
-def test_start_in_one_thread_and_stop_in_another():
+def test_stop_in_another_thread_is_refused_and_can_be_made_good():
     torch.manual_seed(0)
     model = DROPOUT().train()
     traces = Traces(model)
@@ -256,10 +256,22 @@ def test_start_in_one_thread_and_stop_in_another():
         )
         for i in range(2):
             simple_step(model, i)
-        thread = threading.Thread(target=run.stop)
+        refused = []
+
+        def stop_elsewhere():
+            try:
+                run.stop()
+            except memopt.ConfigError as error:
+                refused.append(str(error))
+
+        thread = threading.Thread(target=stop_elsewhere)
         thread.start()
         thread.join()
         del thread
+        # a dispatch mode can only be popped by the thread that pushed it: refused, and nothing is lost
+        assert refused, "stopped without popping the accounting mode"
+        assert "thread" in refused[0]
+        run.stop()
         model.zero_grad()
         traces.check()
 
