@@ -307,13 +307,14 @@ class Session:
             self._steps.exposed_before = resources.transfers.moved.exposed_s
 
     def _note_unseen(self, observer: RegionObserver) -> None:
-        if observer.fragile():
+        fragile = observer.fragile()
+        if fragile:
             ops = sorted(
                 {
                     op.op
                     for r in (self.trace.regions if self.trace else ())
                     for op in r.ops
-                    if op.position in observer.fragile().get(r.name, ())
+                    if op.position in fragile.get(r.name, ())
                 }
             )
             self.notes.append(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memopt.activations.tensors import flat_elements, nbytes_of, shared_alias
-from memopt.io import ExtentStoreFull, RawBuffer
+from memopt.io import RawBuffer
 from memopt.memory.pinned import HostBuffer
 
 if TYPE_CHECKING:
@@ -50,14 +50,10 @@ class CudaSpillStored:
         if area is None:
             return None
         nbytes = nbytes_of(tensor)
-        try:
-            extent = area.store.alloc(nbytes)
-        except ExtentStoreFull:
+        claimed = area.claim(nbytes)
+        if claimed is None:
             return None
-        buffer = area.stage(nbytes)
-        if buffer is None:
-            area.store.free(extent)
-            return None
+        extent, buffer = claimed
         source = tensor.clone() if clone else shared_alias(tensor)
         outgoing = transfers.copy_out(source, buffer, label)
         ticket = area.write_after(outgoing.done, extent, buffer)

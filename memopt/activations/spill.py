@@ -48,6 +48,18 @@ class SpillArea:
             self._retire(self._writing.popleft())
         return buffer
 
+    def claim(self, nbytes: int) -> tuple[Any, HostBuffer] | None:
+        """Return an extent and a staging buffer for one tensor's way out; None without room for both."""
+        try:
+            extent = self.store.alloc(nbytes)
+        except ExtentStoreFull:
+            return None
+        buffer = self.stage(nbytes)
+        if buffer is None:
+            self.store.free(extent)
+            return None
+        return extent, buffer
+
     def begin_write(self, extent: Any, buffer: HostBuffer) -> Any:
         """Write a staging buffer out; it returns to the pool when the write is over."""
         ticket = self.store.write(extent, buffer.memoryview)
@@ -166,14 +178,10 @@ class SpillStored:
         """Copy a CPU tensor to staging and start its write; None when the extents are full."""
         del label
         nbytes = nbytes_of(tensor)
-        try:
-            extent = area.store.alloc(nbytes)
-        except ExtentStoreFull:
+        claimed = area.claim(nbytes)
+        if claimed is None:
             return None
-        buffer = area.stage(nbytes)
-        if buffer is None:
-            area.store.free(extent)
-            return None
+        extent, buffer = claimed
         buffer.tensor(tensor.dtype, (tensor.numel(),)).copy_(flat_elements(tensor))
         area.begin_write(extent, buffer)
         moved.ssd_write_bytes += nbytes

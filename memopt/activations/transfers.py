@@ -8,7 +8,7 @@ exact. On a CPU the device is host memory, so the only other place is SSD.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -112,9 +112,3 @@ class CpuTransfers:
         """Close the extent files."""
         if self.spill is not None:
             self.spill.close()
-
-
-def describe(transfers: Transfers) -> dict[str, Any]:
-    """Return the statistics for a report."""
-    moved = transfers.moved
-    return {name: getattr(moved, name) for name in moved.__dataclass_fields__}
