@@ -25,6 +25,7 @@ from memopt.types.budget import Budget, ResolvedBudget
 from memopt.types.errors import BudgetError, ConfigError
 from memopt.types.hardware import Hardware
 from memopt.types.plan import Placement, Plan
+from memopt.types.trace import StepTrace
 
 _MIN_STAGING_BYTES = 32 << 20
 _MAX_STAGING_BYTES = 256 << 20
@@ -94,16 +95,24 @@ class Resources:
         with ExtentStore(probed, self.io[0]) as store:
             return measure_hardware(self.device, self.host, store)
 
-    def prepare(self, plan: Plan) -> None:
+    @property
+    def is_locking(self) -> bool:
+        """Whether host memory for the plan in force is still being locked."""
+        return self.host is not None and self.host.is_locking
+
+    def prepare(self, plan: Plan, trace: StepTrace) -> None:
         """Give back what only the plan before needed; lock the plan's host memory in the background."""
         if self.spill is not None:
             self.spill.staging.trim()
         if self.host is None:
             return
         torch.cuda.empty_cache()
+        inputs = {r.name: r.input_nbytes for r in trace.regions}
         sizes: Counter[int] = Counter()
         for region in plan.regions:
             sizes.update(o.nbytes for o in region.ops if o.placement == "host")
+            if region.input == "host" and not region.plain:
+                sizes[inputs.get(region.name, 0)] += 1
         self.host.reserve(dict(sizes))
 
     def cap_allocator(self) -> None:

@@ -36,8 +36,8 @@ from memopt.types.plan import Plan
 from memopt.types.trace import StepTrace
 
 EngineChoice = Literal["auto", "io_uring", "threads"]
-_CALIBRATION_STEP = 3
-"""After this many steps: the first traced and compiled, the second locked host memory."""
+_CALIBRATES_FROM = 2
+"""Steps before the one that may correct the trace: one is traced, one more may compile kernels."""
 
 _OUT_OF_MEMORY = (
     "out of device memory inside memopt's budget: raise the device budget, run a smaller batch or "
@@ -91,6 +91,7 @@ class Session:
         self.notes: list[str] = []
         self._planner: Planner | None = None
         self._calibrated = False
+        self._clean_from: int | None = None
         self._num_roots_open = 0
         self._asked_plan = _read_plan(settings.plan)
         self._regions = find_regions(model, settings.regions)
@@ -124,7 +125,13 @@ class Session:
         self.notes.extend(resources.notes)
         engine = ActivationEngine(self._regions, resources.transfers, strict=self.settings.strict)
         self._engine = engine
-        self._steps = Steps(resources.meter, self.model, self.optimizer, resources.beside_bytes)
+        self._steps = Steps(
+            resources.meter,
+            self.model,
+            self.optimizer,
+            resources.beside_bytes,
+            lambda: resources.transfers.moved.ssd_write_bytes,
+        )
         self._observer = RegionObserver(resources.meter)
         engine.use(first_plan(self._regions, resources.safest_input))
         engine.observer = self._observer
@@ -291,19 +298,21 @@ class Session:
         if planner is None or engine.has_live_frames:
             return
         stale = planner.sees_gradients(self._steps.grad_bytes())
-        if self._steps.num_steps == _CALIBRATION_STEP and not self._calibrated:
-            self._calibrated = True
+        num_steps = self._steps.num_steps
+        if self._clean_from is not None and num_steps > self._clean_from:
             planner.calibrate(
                 engine.plan, *self._steps.last_step(resources.transfers.moved.exposed_s)
             )
-            stale = True
+            self._clean_from, self._calibrated, stale = None, True, True
         if stale:
             self._next_plan = planner.plan()
         if self._next_plan is not None:
             engine.use(self._next_plan)
-            resources.prepare(self._next_plan)
-            self._next_plan = None
-        if self._steps.num_steps == _CALIBRATION_STEP - 1:
+            resources.prepare(self._next_plan, planner.trace)
+            self._next_plan = self._clean_from = None
+        undisturbed = num_steps >= _CALIBRATES_FROM and not resources.is_locking
+        if undisturbed and not (self._calibrated or self._steps.begun):
+            self._clean_from = num_steps
             self._steps.exposed_before = resources.transfers.moved.exposed_s
 
     def _note_unseen(self, observer: RegionObserver) -> None:

@@ -93,7 +93,7 @@ class CudaTransfers:
         self.exposed_by: dict[str, float] = {}
 
     def store(
-        self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool
+        self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool, wait: bool
     ) -> Stored | None:
         """Start the copy out; see the protocol."""
         if placement == "ssd":
@@ -101,8 +101,11 @@ class CudaTransfers:
 
             stored: Stored | None = CudaSpillStored.begin(tensor, self, label, clone=clone_first)
         else:
-            buffer = self.host.try_take(nbytes_of(tensor))
+            buffer = self.host.try_take(nbytes_of(tensor), wait=wait)
             stored = None
+            if buffer is None and not wait and self.host.is_locking:
+                self.moved.num_early += 1
+                return None
             if buffer is not None:
                 source = tensor.clone() if clone_first else shared_alias(tensor)
                 stored = HostStored(source, buffer, self.copy_out(source, buffer, label), self)

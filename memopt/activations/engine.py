@@ -33,6 +33,7 @@ _CHANGING = (
     "the op list of some regions changes from call to call: they are placed by their input and "
     "attention only"
 )
+_LOCKING = "host memory was page-locked beside the first steps: tensors that found none yet were recomputed"
 _WRITES_INPUT = "some regions write to their own input: a copy of it is kept for their backward"
 
 
@@ -238,14 +239,24 @@ class ActivationEngine:
         return shared
 
     def store(
-        self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool
+        self,
+        tensor: Tensor,
+        placement: Placement,
+        label: Label,
+        *,
+        clone_first: bool,
+        wait: bool = True,
     ) -> Stored | None:
-        """Start a tensor's way to host or ssd; None when its budget has no room."""
-        stored = self.transfers.store(tensor, placement, label, clone_first=clone_first)
+        """Start a tensor's way to host or ssd; None when its budget has no room.
+
+        `wait` for host memory that is still being locked; else the caller recomputes this once.
+        """
+        moved = self.transfers.moved
+        before = moved.num_early
+        stored = self.transfers.store(tensor, placement, label, clone_first=clone_first, wait=wait)
         if stored is None:
-            self.notes[f"the {placement} budget was full: some tensors were recomputed or kept"] = (
-                None
-            )
+            full = f"the {placement} budget was full: some tensors were recomputed or kept"
+            self.notes[_LOCKING if moved.num_early > before else full] = None
             return None
         self._moving.add(stored)
         return Checked(stored, tensor, label) if self.strict else stored

@@ -185,7 +185,7 @@ class ForwardMode(_RegionMode):
         if placement == "device" or nbytes_of(output) < MIN_MOVE_BYTES:
             kept = DeviceStored(output, label, clone_first=fragile)
             return Checked(kept, output, label) if self._strict else kept
-        return self._store(output, placement, label, clone_first=fragile)
+        return self._store(output, placement, label, clone_first=fragile, wait=False)
 
     def _can_store(self, outputs: list[Any], args: tuple[Any, ...], kwargs: Any) -> bool:
         """Whether every output is a dense tensor of its own storage, or no tensor at all."""

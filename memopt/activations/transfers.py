@@ -28,6 +28,9 @@ class Moved:
     ssd_read_bytes: int = 0
     exposed_s: float = 0.0
     num_refused: int = 0
+    """Tensors that the budget of their place had no room for."""
+    num_early: int = 0
+    """Tensors that came while the host memory for them was still being locked."""
 
 
 class Transfers(Protocol):
@@ -39,9 +42,12 @@ class Transfers(Protocol):
     spill: SpillArea | None
 
     def store(
-        self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool
+        self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool, wait: bool
     ) -> Stored | None:
-        """Start moving a dense tensor to "host" or "ssd"; None when there is no room."""
+        """Start moving a dense tensor to "host" or "ssd"; None when there is no room.
+
+        `wait`: for host memory that is being locked; else that counts as no room, this once.
+        """
 
     def drain(self) -> None:
         """Let go of every source on its way out, before backward needs the room."""
@@ -76,9 +82,10 @@ class CpuTransfers:
         self.spill = spill
 
     def store(
-        self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool
+        self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool, wait: bool
     ) -> Stored | None:
         """Copy out now; `clone_first` needs nothing more, the copy is done on return."""
+        del clone_first, wait
         assert placement == "ssd", "without CUDA the device is host memory"
         if self.spill is None:
             return None

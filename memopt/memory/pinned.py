@@ -196,8 +196,11 @@ class HostPool:
             )
         return buffer
 
-    def try_take(self, nbytes: int) -> HostBuffer | None:
-        """As :meth:`take`, but return None when the cap leaves no room."""
+    def try_take(self, nbytes: int, *, wait: bool = True) -> HostBuffer | None:
+        """As :meth:`take`, but return None when the cap leaves no room.
+
+        With ``wait=False`` also where memory is still to be locked: that goes on (or begins) in the background.
+        """
         if nbytes < 0:
             raise ValueError(f"nbytes={nbytes} is negative")
         size = max(_whole_pages(nbytes), PAGE_BYTES)
@@ -210,6 +213,9 @@ class HostPool:
                 if base is not None:
                     return self._hand_out(base, size, nbytes)
                 if self._building:
+                    if not wait:
+                        self._raise_error()
+                        return None
                     self._changed.wait()
                     self._raise_error()
                 elif self._make_room(size):
@@ -245,6 +251,12 @@ class HostPool:
             for slab in idle:
                 self._drop(slab)
         return sum(slab.nbytes for slab in idle)
+
+    @property
+    def is_locking(self) -> bool:
+        """Whether memory is being locked in the background."""
+        with self._changed:
+            return bool(self._building)
 
     def settle(self) -> None:
         """Wait until everything reserved is locked.

@@ -430,6 +430,28 @@ def test_locking_runs_beside_the_caller(monkeypatch, cudart):
         assert pool.stats().mapped_bytes == 8 * MIB
 
 
+def test_who_does_not_wait_gets_none_until_the_memory_is_locked(monkeypatch, cudart):
+    gate = threading.Event()
+    real = _slab.Slab.populate
+
+    def populate(self, begin, end):
+        assert gate.wait(20)
+        real(self, begin, end)
+
+    monkeypatch.setattr(_slab.Slab, "populate", populate)
+    with locked_pool(cudart) as pool:
+        assert pool.try_take(MIB, wait=False) is None  # not reserved: locking begins now
+        assert pool.is_locking
+        pool.reserve({MIB: 8})
+        assert pool.try_take(MIB, wait=False) is None
+        gate.set()
+        pool.settle()
+        assert not pool.is_locking
+        buffer = pool.try_take(MIB, wait=False)
+        assert buffer is not None
+        assert buffer.is_locked
+
+
 def test_refused_locking_falls_back_and_says_why(caplog):
     cudart = FakeCudart(refuse_after=2)
     with locked_pool(cudart, chunk_bytes=MIB, num_threads=1) as pool:
