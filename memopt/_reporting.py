@@ -13,8 +13,9 @@ from memopt._steps import Steps
 from memopt.memory.host import peak_resident_bytes
 from memopt.plan import predict_plain
 from memopt.report import RunReport
+from memopt.types.budget import ResolvedBudget
 from memopt.types.plan import Plan
-from memopt.types.report import Footprint, Moved, PlacementRow
+from memopt.types.report import Footprint, Moved, PlacementRow, SsdWear
 from memopt.types.trace import StepTrace
 
 
@@ -56,6 +57,7 @@ def make_report(
             ssd_write_bytes=moved.ssd_write_bytes,
             ssd_read_bytes=moved.ssd_read_bytes,
         ),
+        wear=_wear(resources.budget, steps.step_writes(), median),
         placements=_placements(trace, plan),
         resident_bytes=peak_resident_bytes(),
         device_reserved_bytes=getattr(resources.meter, "reserved_peak_bytes", None),
@@ -68,6 +70,13 @@ def make_report(
             "python": platform.python_version(),
         },
     )
+
+
+def _wear(budget: ResolvedBudget, step_bytes: int | None, step_s: float | None) -> SsdWear | None:
+    """Writes per step and day; nothing wears where every directory is memory."""
+    if step_bytes is None or all(directory.is_tmpfs for directory in budget.ssd):
+        return None
+    return SsdWear.at_rate(step_bytes, step_s, budget.ssd_endurance_bytes)
 
 
 def _placements(trace: StepTrace | None, plan: Plan) -> tuple[PlacementRow, ...]:

@@ -26,6 +26,7 @@ class Steps:
         meter: memory and clock of the device.
         model, optimizer: whose states are counted.
         beside_bytes: device bytes now that are no tensor's (staging buffers on a CPU).
+        written_bytes: bytes written to SSD so far.
     """
 
     def __init__(
@@ -34,9 +35,13 @@ class Steps:
         model: Module,
         optimizer: torch.optim.Optimizer | None,
         beside_bytes: Callable[[], int],
+        written_bytes: Callable[[], int],
     ) -> None:
         self._meter = meter
         self._beside_bytes = beside_bytes
+        self._written_bytes = written_bytes
+        self._written_before = 0
+        self._writes: list[int] = []
         self._model = model
         self._optimizer = optimizer
         self.figures = StepFigures()
@@ -131,6 +136,7 @@ class Steps:
         if self._begin is None or (final and not self.saw_backward):
             return
         self._spans.append((self._begin, self._end))
+        self._note_writes()
         self.num_steps += 1
         self.peak_bytes = max(self.peak_bytes, self._peak())
         self.figures = StepFigures()
@@ -139,6 +145,13 @@ class Steps:
         self._forward, self._backward, self._optimizer_mark = [], [], None
         if len(self._spans) > 256:
             self._resolve()
+
+    def _note_writes(self) -> None:
+        """Keep what this step wrote; the first one, in another plan, is only subtracted."""
+        written = self._written_bytes()
+        if self.num_steps:
+            self._writes.append(written - self._written_before)
+        self._written_before = written
 
     def finish(self) -> None:
         """Read the peak once more."""
@@ -189,6 +202,10 @@ class Steps:
         self._resolve()
         median = statistics.median(self._times) if self._times else None
         return self.first_step_s, median
+
+    def step_writes(self) -> int | None:
+        """Return the bytes that a step writes to SSD: the median of all but the first."""
+        return round(statistics.median(self._writes)) if self._writes else None
 
     def _resolve(self) -> None:
         for begin, end in self._spans:

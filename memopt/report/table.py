@@ -28,6 +28,13 @@ def format_seconds(seconds: float | None) -> str:
     return f"{seconds * 1e3:.3g} ms"
 
 
+def format_days(days: float) -> str:
+    """Return days, above two years as years: "22.1 days", "4.1 years"."""
+    if days >= 730:
+        return f"{days / 365.25:,.1f} years"
+    return f"{days:.3g} days" if days < 100 else f"{days:.0f} days"
+
+
 def _bytes(num_bytes: int | None) -> str:
     return MISSING if num_bytes is None else format_bytes(num_bytes)
 
@@ -114,6 +121,22 @@ def _add_moved(table: Table, report: RunReport) -> None:
             table.add_row(label, "", "", "", format_bytes(num_bytes), "")
     if not any(directions.values()):
         table.add_row("moved", "", "", "", "nothing", "")
+    _add_wear(table, report)
+
+
+def _add_wear(table: Table, report: RunReport) -> None:
+    """One line: per step, rated, per day, and how long the drives last."""
+    wear = report.wear
+    if wear is None or not wear.step_bytes:
+        return
+    table.add_row(
+        f"SSD: {format_bytes(wear.step_bytes)} a step",
+        "",
+        "" if wear.endurance_bytes is None else f"{format_bytes(wear.endurance_bytes)} rated",
+        "",
+        f"{_bytes(wear.day_bytes)} a day",
+        "" if wear.lifetime_days is None else f"lasts {format_days(wear.lifetime_days)}",
+    )
 
 
 def _add_placements(table: Table, report: RunReport) -> None:

@@ -62,12 +62,14 @@ class ResolvedBudget:
 
     `host_bytes` bounds memopt's own host buffers (0 where the device is the CPU: it is the same memory); directories
     on tmpfs are already taken out of it. `notes` says what was defaulted, ignored or is doubtful.
+    `ssd_endurance_bytes` are the rated writes of the drives behind `ssd` together; None: not given.
     """
 
     device_bytes: int
     host_bytes: int
     ssd: tuple[SsdDirectory, ...] = ()
     notes: tuple[str, ...] = ()
+    ssd_endurance_bytes: int | None = None
 
     @property
     def ssd_bytes(self) -> int:
@@ -86,6 +88,7 @@ class ResolvedBudget:
             host_bytes=fields["host_bytes"],
             ssd=tuple(SsdDirectory(**directory) for directory in fields["ssd"]),
             notes=tuple(fields["notes"]),
+            ssd_endurance_bytes=fields.get("ssd_endurance_bytes"),
         )
 
 
@@ -110,6 +113,7 @@ class Budget:
     device: int | str | None = None
     host: int | str | None = None
     ssd: str | tuple[str, ...] | list[str] | None = None
+    ssd_endurance: int | str | None = None
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without a machine; keep `ssd` as a tuple."""
@@ -124,15 +128,27 @@ class Budget:
         object.__setattr__(self, "ssd", tuple(requests))
         for request in requests:
             _parse_ssd(request)
+        if self.ssd_endurance is not None:
+            _parse_endurance(self.ssd_endurance)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-serialisable fields."""
-        return {"device": self.device, "host": self.host, "ssd": list(self.ssd or ())}
+        return {
+            "device": self.device,
+            "host": self.host,
+            "ssd": list(self.ssd or ()),
+            "ssd_endurance": self.ssd_endurance,
+        }
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Budget:
         """Return the budget that `to_dict` described."""
-        return cls(device=fields["device"], host=fields["host"], ssd=tuple(fields["ssd"]))
+        return cls(
+            device=fields["device"],
+            host=fields["host"],
+            ssd=tuple(fields["ssd"]),
+            ssd_endurance=fields.get("ssd_endurance"),
+        )
 
     def resolve(
         self,
@@ -173,7 +189,11 @@ class Budget:
                     f"(host={self.host!r}): use a directory on a disk, a smaller size, or a larger host budget"
                 )
         return ResolvedBudget(
-            device_bytes=device_bytes, host_bytes=host_bytes, ssd=ssd, notes=tuple(notes)
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            ssd=ssd,
+            ssd_endurance_bytes=_endurance_bytes(self.ssd_endurance, ssd, notes),
+            notes=tuple(notes),
         )
 
 
@@ -219,6 +239,28 @@ def _host_bytes(
             f"host={size!r}: only {format_bytes(facts.free_bytes)} of host memory are free now"
         )
     return num_bytes
+
+
+def _parse_endurance(size: int | str) -> int:
+    num_bytes = parse_size(size, name="ssd_endurance")
+    if not isinstance(num_bytes, int):
+        raise ConfigError(
+            f"ssd_endurance={size!r}: a share of what? write the rated writes of the drives together, "
+            'such as "600TB" (data sheets call it TBW)'
+        )
+    return num_bytes
+
+
+def _endurance_bytes(
+    size: int | str | None, ssd: tuple[SsdDirectory, ...], notes: list[str]
+) -> int | None:
+    if size is None:
+        return None
+    if all(directory.is_tmpfs for directory in ssd):
+        why = "every ssd directory is memory" if ssd else "the budget names no ssd directory"
+        notes.append(f"ssd_endurance={size!r} has no effect: {why}")
+        return None
+    return _parse_endurance(size)
 
 
 def _parse_ssd(request: object) -> tuple[str, int | Fraction]:

@@ -12,6 +12,7 @@ from memopt.types.budget import ResolvedBudget
 from memopt.types.errors import ConfigError
 
 FORMAT = "memopt-run-report-1"
+SECONDS_PER_DAY = 86_400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,34 @@ class Moved:
     h2d_bytes: int = 0
     ssd_write_bytes: int = 0
     ssd_read_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SsdWear:
+    """What training writes to the spill drives, and how long they last at that rate; None: not known.
+
+    Args:
+        step_bytes: written per step, the median of the steps after the first.
+        day_bytes: written in 24 hours of such steps, one after the other.
+        endurance_bytes: rated writes of the drives together, where the user gave them.
+        lifetime_days: until so much is written at that rate.
+    """
+
+    step_bytes: int
+    day_bytes: int | None = None
+    endurance_bytes: int | None = None
+    lifetime_days: float | None = None
+
+    @classmethod
+    def at_rate(cls, step_bytes: int, step_s: float | None, endurance_bytes: int | None) -> SsdWear:
+        """Return the wear of steps that write `step_bytes` each and take `step_s` seconds."""
+        a_day = round(step_bytes * SECONDS_PER_DAY / step_s) if step_s else None
+        return cls(
+            step_bytes=step_bytes,
+            day_bytes=a_day,
+            endurance_bytes=endurance_bytes,
+            lifetime_days=endurance_bytes / a_day if endurance_bytes and a_day else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +101,7 @@ class RunReport:
         first_step_s: the traced step, page-locking and calibration included; None before its end.
         exposed_s: time that the compute stream waited for transfers, median per step.
         moved: bytes per direction.
+        wear: writes to the spill drives per step and per day; None without a drive or a second step.
         placements: what was placed where.
         resident_bytes: largest resident set of the process.
         device_reserved_bytes: peak that PyTorch's allocator reserved; None on CPU.
@@ -90,6 +120,7 @@ class RunReport:
     first_step_s: float | None = None
     exposed_s: float | None = None
     moved: Moved = field(default_factory=Moved)
+    wear: SsdWear | None = None
     placements: tuple[PlacementRow, ...] = ()
     resident_bytes: int | None = None
     device_reserved_bytes: int | None = None
@@ -127,12 +158,14 @@ class RunReport:
             )
         body = {key: value for key, value in data.items() if key != "format"}
         try:
+            wear = body.pop("wear", None)
             return cls(
                 budget=ResolvedBudget.from_dict(body.pop("budget")),
                 predicted=Footprint(**body.pop("predicted")),
                 measured=Footprint(**body.pop("measured")),
                 baseline=Footprint(**body.pop("baseline")),
                 moved=Moved(**body.pop("moved")),
+                wear=None if wear is None else SsdWear(**wear),
                 placements=tuple(PlacementRow(**row) for row in body.pop("placements")),
                 notes=tuple(body.pop("notes")),
                 **body,

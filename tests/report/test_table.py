@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from memopt.report import RunReport, render_text
-from memopt.report.table import MAX_PLACEMENT_ROWS, format_seconds
+from memopt.report.table import MAX_PLACEMENT_ROWS, format_days, format_seconds
 from memopt.types.budget import ResolvedBudget, SsdDirectory
 from memopt.types.errors import ConfigError
-from memopt.types.report import Footprint, Moved, PlacementRow
+from memopt.types.report import Footprint, Moved, PlacementRow, SsdWear
 
 MIB = 1 << 20
 
@@ -151,3 +151,41 @@ def test_without_the_report_package_it_prints_json(tmp_path):
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(out.stdout)["num_steps"] == 5
+
+
+def test_wear_is_a_closed_form():
+    wear = SsdWear.at_rate(300 * 10**6, 1.5, 600 * 10**12)
+    assert wear.day_bytes == 300 * 10**6 * 57_600  # 86,400 s / 1.5 s
+    assert wear.lifetime_days == pytest.approx(600e12 / (300e6 * 57_600))
+    assert SsdWear.at_rate(7, 2.0, None) == SsdWear(step_bytes=7, day_bytes=7 * 43_200)
+    assert SsdWear.at_rate(7, None, 10) == SsdWear(step_bytes=7, endurance_bytes=10)
+    nothing = SsdWear.at_rate(0, 1.0, 10)
+    assert (nothing.day_bytes, nothing.lifetime_days) == (0, None)
+
+
+def test_wear_is_one_line_and_saved(tmp_path):
+    report = make_report(wear=SsdWear.at_rate(300 << 20, 1.0, 600 * 10**12))
+    label = "SSD: 300 MiB a step"
+    assert row(str(report), label) == ["", "546 TiB rated", "", "24.7 TiB a day", "lasts 22.1 days"]
+    unrated = make_report(wear=SsdWear.at_rate(300 << 20, 1.0, None))
+    assert row(str(unrated), label) == ["", "", "", "24.7 TiB a day", ""]
+    for wear in (None, SsdWear.at_rate(0, 1.0, 10)):
+        assert "a step" not in str(make_report(wear=wear))
+    report.save(tmp_path / "report.json")
+    assert RunReport.load(tmp_path / "report.json") == report
+    keys = {"step_bytes", "day_bytes", "endurance_bytes", "lifetime_days"}
+    assert set(report.to_dict()["wear"]) == keys
+
+
+def test_reports_saved_before_wear_was_known_load():
+    data = make_report().to_dict()
+    del data["wear"], data["budget"]["ssd_endurance_bytes"]
+    assert RunReport.from_dict(data) == make_report()
+
+
+@pytest.mark.parametrize(
+    ("days", "shown"),
+    [(0.5, "0.5 days"), (22.14, "22.1 days"), (412.4, "412 days"), (3652.5, "10.0 years")],
+)
+def test_days(days, shown):
+    assert format_days(days) == shown

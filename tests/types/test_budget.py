@@ -242,3 +242,50 @@ def test_budgets_are_values():
         Budget(device=5).device = 6
     with pytest.raises(TypeError):
         Budget("24GiB")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("600TB", 600 * 10**12), ("1.2PB", 1_200 * 10**12), ("500TiB", 500 << 40), (10**15, 10**15)],
+)
+def test_endurance_is_bytes_in_decimal_and_binary_units(text, expected):
+    budget = Budget(ssd="/a:1GiB", ssd_endurance=text)
+    resolved = resolve(budget, {"/a": directory()})
+    assert resolved.ssd_endurance_bytes == expected
+    assert resolved.notes == ()
+    assert ResolvedBudget.from_dict(json.loads(json.dumps(resolved.to_dict()))) == resolved
+    assert Budget.from_dict(json.loads(json.dumps(budget.to_dict()))) == budget
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("50%", "a share of what"),
+        ("600", "the unit is missing"),
+        ("600T", "unknown unit 'T'"),
+        (0, "cannot be zero"),
+        (-1, "cannot be negative"),
+        (1.5, "float is not a size"),
+    ],
+)
+def test_an_endurance_without_sense_is_refused(value, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Budget(ssd="/a:1GiB", ssd_endurance=value)
+    assert f"ssd_endurance={value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ssd", "why"),
+    [(None, "names no ssd directory"), ("/shm:1GiB", "every ssd directory is memory")],
+)
+@pytest.mark.filterwarnings("ignore:ssd directory /shm is on tmpfs")
+def test_an_endurance_without_a_drive_is_noted(ssd, why):
+    resolved = resolve(Budget(ssd=ssd, ssd_endurance="600TB"), {"/shm": directory(is_tmpfs=True)})
+    assert resolved.ssd_endurance_bytes is None
+    assert any("ssd_endurance='600TB' has no effect" in n and why in n for n in resolved.notes)
+
+
+def test_budgets_saved_before_endurance_was_known_load():
+    old = Budget(ssd="/a:1GiB").to_dict()
+    del old["ssd_endurance"]
+    assert Budget.from_dict(old) == Budget(ssd="/a:1GiB")

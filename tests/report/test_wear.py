@@ -1,0 +1,66 @@
+"""What a real session reports as written is what its engine wrote."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import memopt
+from memopt.types.report import SECONDS_PER_DAY
+
+NUM_LAYERS, WIDTH, NUM_TOKENS, NUM_STEPS = 4, 128, 512, 5
+
+
+def blocks() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(NUM_LAYERS))
+    )
+
+
+def train(directory, **budget) -> tuple[memopt.RunReport, list[int]]:
+    """Return the report and the bytes that the I/O engine had written after each step."""
+    model, after = blocks(), []
+    spec = memopt.Budget(ssd=f"{directory}:64MiB", **budget)
+    with memopt.optimize(model, plan="ssd", budget=spec, engine="threads") as run:
+        for _ in range(NUM_STEPS):
+            model(torch.randn(NUM_TOKENS, WIDTH)).sum().backward()
+            model.zero_grad()
+            run._resources.transfers.finish()
+            after.append(run._resources.io[1].stats().written_bytes)
+    return run.report(), after
+
+
+def test_written_bytes_of_the_engine_are_the_reports(tmp_path):
+    report, after = train(tmp_path, ssd_endurance="1PB")
+    per_step = [b - a for a, b in itertools.pairwise(after)]
+    tensor_bytes = NUM_TOKENS * WIDTH * 4
+    assert per_step[0] >= NUM_LAYERS * tensor_bytes  # at least each region's input, or its product
+    assert len(set(per_step)) == 1
+    assert report.moved.ssd_write_bytes == after[-1]
+    wear = report.wear
+    assert wear.step_bytes == per_step[0]
+    a_day = per_step[0] * SECONDS_PER_DAY / report.median_step_s
+    assert wear.day_bytes == pytest.approx(a_day, rel=1e-9)
+    assert wear.lifetime_days == pytest.approx(1e15 / a_day, rel=1e-9)
+    assert "lasts" in str(report)
+
+
+def test_without_endurance_bytes_a_day_alone(tmp_path):
+    report, _ = train(tmp_path)
+    assert report.wear.day_bytes > 0
+    assert report.wear.lifetime_days is None
+
+
+def test_without_a_drive_there_is_no_wear():
+    model = blocks()
+    spec = memopt.Budget(ssd_endurance="600TB")
+    with memopt.optimize(model, plan="recompute", budget=spec) as run:
+        for _ in range(3):
+            model(torch.randn(NUM_TOKENS, WIDTH)).sum().backward()
+    report = run.report()
+    assert report.wear is None
+    assert any("ssd_endurance='600TB' has no effect" in note for note in report.notes)
