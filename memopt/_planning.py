@@ -8,17 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from torch.nn import Module
 
 from memopt._resources import Resources
 from memopt.plan import predict, solve_greedy, uniform_plan
+from memopt.types.errors import ConfigError
 from memopt.types.hardware import Hardware
 from memopt.types.plan import Placement, Plan, Prediction, RegionPlan
 from memopt.types.trace import OpTrace, RegionTrace, StepTrace
 
+_UNIFORM = ("recompute", "host", "ssd", "device")
 _SLOP_BYTES = 1 << 20
 _HOST_MARGIN_BYTES = 1 << 30
+
+
+def read_plan(plan: str | Path | Plan) -> str | Plan:
+    """Return what `plan=` asks for: "auto", one placement for everything, or a plan.
+
+    Raises:
+        ConfigError: none of these, nor the path of a saved plan.
+    """
+    if isinstance(plan, Plan) or plan == "auto" or plan in _UNIFORM:
+        return plan
+    if isinstance(plan, (str, Path)) and Path(plan).exists():
+        return Plan.load(plan)
+    raise ConfigError(
+        f"plan={str(plan)!r} is not 'auto', {', '.join(map(repr, _UNIFORM))}, a memopt.Plan, or the "
+        "path of a saved plan"
+    )
 
 
 def first_plan(regions: Sequence[tuple[str, Module]], where: Placement) -> Plan:

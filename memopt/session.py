@@ -19,10 +19,11 @@ from typing import Any, Literal
 import torch
 from torch.nn import Module
 
-from memopt._planning import Planner, first_plan
+from memopt._planning import Planner, first_plan, read_plan
 from memopt._reporting import make_report
 from memopt._resources import Resources, open_resources
 from memopt._steps import Steps
+from memopt.activations.compiled import compiled_notes, note_unseen_forward
 from memopt.activations.engine import ActivationEngine
 from memopt.activations.observe import RegionObserver
 from memopt.activations.outside import OutsideHooks
@@ -44,8 +45,6 @@ _OUT_OF_MEMORY = (
     "sequence, or try plan='recompute' and the smaller of the two peaks above; something beside "
     "the loop that holds device memory (another model, kept outputs) counts against the budget too"
 )
-
-_UNIFORM = ("recompute", "host", "ssd", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,7 @@ class Session:
         self._calibrated = False
         self._clean_from: int | None = None
         self._num_roots_open = 0
-        self._asked_plan = _read_plan(settings.plan)
+        self._asked_plan = read_plan(settings.plan)
         self._regions = find_regions(model, settings.regions)
         self._resources: Resources | None = None
         self._engine: ActivationEngine | None = None
@@ -142,6 +141,7 @@ class Session:
                 "no region found (no list of blocks): name some with regions=[...]; only tensors "
                 "saved outside regions can move"
             )
+        self.notes.extend(compiled_notes(self._regions, resources.device.type))
         self._exit.callback(self._take_over_checkpointing())
         engine.attach()
         self._exit.callback(engine.detach)
@@ -158,6 +158,7 @@ class Session:
         if self._resources is None or self._resources.closed:
             return
         self._resources.check_thread()
+        self._check_seen(warn=False)  # a warning made an error must not keep the context open
         self._steps.finish()
         if self._engine is not None and self._engine.observer is None:
             self._steps.end_step(final=True)
@@ -271,8 +272,14 @@ class Session:
 
     def _after_step(self, *_: Any) -> None:
         self._steps.end_optimizer()
+        self._check_seen()
         if self._steps.saw_backward:
             self._end_step()
+
+    def _check_seen(self, *, warn: bool = True) -> None:
+        """Say so where gradients come from forwards that no patch saw."""
+        if not (self._steps.begun or self._steps.num_steps):
+            note_unseen_forward(self.model, self.notes, warn=warn)
 
     def _end_step(self) -> None:
         """Close a step; the first one becomes the trace, and the plan follows from it."""
@@ -434,14 +441,3 @@ def _check_model(model: Module) -> None:
                 f"the model is in a memopt session already (module {name or 'root'!r}); stop that "
                 "one first"
             )
-
-
-def _read_plan(plan: str | Path | Plan) -> str | Plan:
-    if isinstance(plan, Plan) or plan == "auto" or plan in _UNIFORM:
-        return plan
-    if isinstance(plan, (str, Path)) and Path(plan).exists():
-        return Plan.load(plan)
-    raise ConfigError(
-        f"plan={str(plan)!r} is not 'auto', {', '.join(map(repr, _UNIFORM))}, a memopt.Plan, or the "
-        "path of a saved plan"
-    )

@@ -1,5 +1,8 @@
 """What stands in for `module.forward` while the context is open.
 
+For a module compiled in place it stands in for the compiled call, which takes precedence over
+`forward` (compiled.py).
+
 A small object, not a closure: copies of the model (`copy.deepcopy` for an EMA, `torch.save`) must
 be the plain model, computing with their own weights. A closure as `forward` would make a deep copy
 compute with the original's.
@@ -16,11 +19,13 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from memopt.activations.compiled import is_compiled_in_place
+
 _MISSING = object()
 
 
 class PatchedForward:
-    """Callable put at `module.forward`; `handler(self, args, kwargs)` does the work.
+    """Callable put where the module's calls go; `handler(self, args, kwargs)` does the work.
 
     Args:
         module: the module.
@@ -36,24 +41,25 @@ class PatchedForward:
     ) -> None:
         self.module = module
         self.name = name
-        self.plain: Callable[..., Any] = module.forward
-        self.previous = module.__dict__.get("forward", _MISSING)
+        self.attribute = "_compiled_call_impl" if is_compiled_in_place(module) else "forward"
+        self.plain: Callable[..., Any] = getattr(module, self.attribute)
+        self.previous = module.__dict__.get(self.attribute, _MISSING)
         self._handler = handler
         functools.update_wrapper(self, self.plain, updated=())
 
     def install(self) -> PatchedForward:
         """Put this object in place."""
-        self.module.__dict__["forward"] = self
+        self.module.__dict__[self.attribute] = self
         return self
 
     def remove(self) -> None:
         """Leave the module's `__dict__` as it was."""
-        if self.module.__dict__.get("forward") is not self:
+        if self.module.__dict__.get(self.attribute) is not self:
             return
         if self.previous is _MISSING:
-            del self.module.__dict__["forward"]
+            del self.module.__dict__[self.attribute]
         else:
-            self.module.__dict__["forward"] = self.previous
+            self.module.__dict__[self.attribute] = self.previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the region, or the plain forward where nothing is to be saved."""

@@ -30,6 +30,8 @@ class RunsPatch(PatchedForward):
         self._runs: list[PatchedForward] | None = None
 
     def _run(self, patch: PatchedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.attribute != "forward":  # compiled in place: one call, so one region
+            return self._region_handler(patch, args, kwargs)
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             return patch.plain(*args, **kwargs)
         if self._runs is None:
