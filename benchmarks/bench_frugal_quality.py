@@ -1,166 +1,57 @@
 """Quality of FRUGAL and its rivals: byte-level LLaMAs trained on text that is on the machine.
 
-    python benchmarks/bench_frugal_quality.py --out quality.json --limit-s 540      # again to continue
-    python benchmarks/bench_frugal_quality.py --out quality.json --plot quality.png # no training
+    python benchmarks/bench_frugal_quality.py --out quality.json --limit-s 540   # again to continue
+    python benchmarks/bench_frugal_quality.py --out quality.json --report        # table and picture
 
-Every method sees the same batches. First each method's learning rate is chosen from its grid on a
-tenth of the data (one seed), then every seed is trained in full at that rate: linear warm-up over
-5 %, cosine to a tenth; float32 weights, bfloat16 autocast, no weight decay, no clipping (the
-paper's recipe). Finished runs are in the result file and are skipped when it is called again; a
-run is not started if the time that is left is less than the last one of its length took.
+Every method sees the same batches from the same first weights. Each method's learning rate is chosen
+from a grid of three on a tenth of the data (one seed); a best rate at the grid's edge extends the
+grid by one. Then every seed is trained in full at that rate: linear warm-up over 5 %, cosine to a
+tenth, no weight decay, no clipping (the recipe of FRUGAL's paper). `--refine` trains the neighbours
+of the chosen rates in full, too, and takes the best of those.
+
+The result file is what a next call continues: finished runs are skipped, runs that the time limit
+cut off are kept under "unfinished" with their curve and started anew. A run starts only if it should
+end before the limit, by what runs have taken so far; what fits is taken out of order.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import statistics
+import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from memopt.optim import Frugal, frugal_groups
-from memopt.optim.presets import badam, galore, scale
+from _byte_llama import SIZES, Llama, Programs  # noqa: E402
+from _byte_text import Corpus, load_corpus  # noqa: E402
+from _common import command, commit, write_json  # noqa: E402
+from _quality_report import best_rate, draw, full_rate, markdown, summary  # noqa: E402
 
-SUFFIXES = {
-    ".py",
-    ".pyi",
-    ".md",
-    ".rst",
-    ".txt",
-    ".html",
-    ".h",
-    ".c",
-    ".cpp",
-    ".hpp",
-    ".cuh",
-    ".js",
-    ".css",
-    ".json",
-}
-SIZES = {  # hidden, ffn, layers, heads
-    "tiny": (64, 160, 2, 2), "10M": (384, 1024, 6, 6), "25M": (512, 1376, 8, 8), "60M": (768, 2048, 9, 12),
-}  # fmt: skip
+from memopt.optim import Frugal, frugal_groups  # noqa: E402
+from memopt.optim.presets import badam, galore, scale  # noqa: E402
 
-
-# ----------------------------------------------------------------------------------------- text
-def text_files() -> Iterator[Path]:
-    """Yield text files of this machine: Python's library and packages, system docs and headers."""
-    paths = sysconfig.get_paths()
-    roots = dict.fromkeys([paths["stdlib"], paths["purelib"], "/usr/lib/python3", "/usr/share", "/usr/include",
-                           "/usr/local/lib", "/usr/local/cuda/include"])  # fmt: skip
-    for root in roots:
-        for path in sorted(Path(root).rglob("*")):
-            if path.suffix in SUFFIXES and path.is_file() and not path.is_symlink():
-                yield path
-
-
-def corpus(num_bytes: int) -> tuple[Tensor, Tensor, str]:
-    """Return (train, validation, digest): files once each by content, every 50th for validation."""
-    train, valid, seen, total = [], [], set(), 0
-    for path in text_files():
-        try:
-            data = path.read_bytes()
-        except OSError:
-            continue
-        key = hashlib.blake2b(data, digest_size=12).digest()
-        if len(data) < 512 or len(data) > 2_000_000 or key in seen or b"\0" in data:
-            continue
-        seen.add(key)
-        if int.from_bytes(key[:4], "little") % 50 == 0:
-            valid.append(data)
-        else:
-            train.append(data)
-            total += len(data)
-        if total >= num_bytes:
-            break
-    order = sorted(range(len(train)), key=lambda i: hashlib.blake2b(train[i][:4096]).digest())
-    joined = b"".join(train[i] for i in order)
-    digest = hashlib.blake2b(joined, digest_size=8).hexdigest()
-    return as_tensor(joined), as_tensor(b"".join(valid)[:4_000_000]), digest
-
-
-def as_tensor(data: bytes) -> Tensor:
-    """Return bytes as a uint8 tensor."""
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-# ----------------------------------------------------------------------------------------- model
-class Block(nn.Module):
-    """A LLaMA block: RMSNorm, rotary attention, SwiGLU."""
-
-    def __init__(self, hidden: int, ffn: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
-        self.q, self.k, self.v, self.o = (nn.Linear(hidden, hidden, bias=False) for _ in range(4))
-        self.gate, self.up = nn.Linear(hidden, ffn, bias=False), nn.Linear(hidden, ffn, bias=False)
-        self.down = nn.Linear(ffn, hidden, bias=False)
-
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """[batch, tokens, hidden] to the same."""
-        batch, tokens, hidden = x.shape
-        y = self.norm1(x)
-        q, k, v = (
-            f(y).view(batch, tokens, self.heads, -1).transpose(1, 2)
-            for f in (self.q, self.k, self.v)
-        )
-        attended = F.scaled_dot_product_attention(
-            rotate(q, rotary), rotate(k, rotary), v, is_causal=True
-        )
-        x = x + self.o(attended.transpose(1, 2).reshape(batch, tokens, hidden))
-        y = self.norm2(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary embeddings."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = rotary[0].to(x.dtype), rotary[1].to(x.dtype)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
-
-
-class Llama(nn.Module):
-    """A byte-level LLaMA with an untied head."""
-
-    def __init__(self, hidden: int, ffn: int, layers: int, heads: int, tokens: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(256, hidden)
-        self.layers = nn.ModuleList([Block(hidden, ffn, heads) for _ in range(layers)])
-        self.norm, self.head = nn.RMSNorm(hidden), nn.Linear(hidden, 256, bias=False)
-        frequency = 10000.0 ** -(torch.arange(0, hidden // heads, 2) / (hidden // heads))
-        angle = torch.arange(tokens).unsqueeze(1) * frequency
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the mean loss of predicting every next byte."""
-        x = self.embed(tokens[:, :-1])
-        for layer in self.layers:
-            x = layer(x, (self.cos, self.sin))
-        logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.float().view(-1, 256), tokens[:, 1:].reshape(-1))
+CORE = ("AdamW", "FRUGAL 0.25", "GaLore 0.25")  # what the claim is about: first in line
+GRID_SHARE, GRID_RATIO, LONGEST_GRID = 0.1, 3.0, 5
+CURVE_STEPS, CURVE_POINTS, CURVE_BATCHES, LAST_BATCHES = 100, 20, 8, 48
 
 
 # ----------------------------------------------------------------------------------------- methods
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """An optimizer of (model, lr), with the learning rates to choose from."""
+    """An optimizer of (model, lr), and the learning rates that its grid begins with."""
 
     make: Callable[[Llama, float], torch.optim.Optimizer]
     grid: tuple[float, ...]
@@ -169,11 +60,11 @@ class Method:
 def methods(gap: int) -> dict[str, Method]:
     """Return what is compared; all split methods share roles (`frugal_groups`) and gap."""
 
-    def split(density: float, **more: Any) -> Callable[[Llama, float], torch.optim.Optimizer]:
-        return lambda m, lr: Frugal(frugal_groups(m, density), lr=lr, update_gap=gap, **more)
+    def split(density: float) -> Callable[[Llama, float], torch.optim.Optimizer]:
+        return lambda m, lr: Frugal(frugal_groups(m, density), lr=lr, update_gap=gap)
 
     def adamw(m: Llama, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=0.0, foreach=True)
+        return torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
     def galore_like(m: Llama, lr: float) -> torch.optim.Optimizer:
         return galore(frugal_groups(m, 0.25), lr=lr, update_gap=gap)
@@ -183,15 +74,15 @@ def methods(gap: int) -> dict[str, Method]:
 
     return {
         "AdamW": Method(make=adamw, grid=(1e-3, 3e-3, 9e-3)),
-        "FRUGAL 0.25": Method(make=split(0.25), grid=(3e-4, 1e-3, 3e-3)),
-        "FRUGAL 0": Method(make=split(0.0), grid=(3e-4, 1e-3, 3e-3)),
-        "GaLore 0.25": Method(make=galore_like, grid=(3e-3, 1e-2, 3e-2)),
+        "FRUGAL 0.25": Method(make=split(0.25), grid=(3.3e-4, 1e-3, 3e-3)),
+        "GaLore 0.25": Method(make=galore_like, grid=(3.3e-3, 1e-2, 3e-2)),
+        "FRUGAL 0": Method(make=split(0.0), grid=(3.3e-4, 1e-3, 3e-3)),
         "BAdam-like": Method(make=badam_like, grid=(1e-3, 3e-3, 9e-3)),
-        "SCALE": Method(make=lambda m, lr: scale(m, lr=lr, adam_lr=2e-3), grid=(1e-2, 3e-2, 1e-1)),
+        "SCALE": Method(make=lambda m, lr: scale(m, lr=lr, adam_lr=2e-3), grid=(1e-2, 3e-2, 9e-2)),
     }
 
 
-# ----------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- jobs
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One run."""
@@ -205,75 +96,225 @@ class Job:
     @property
     def key(self) -> str:
         """Its name in the result file."""
-        return f"{self.size}|{self.method}|{self.lr:g}|{self.seed}|{self.num_bytes}"
+        return f"{self.size}|{self.method}|{self.lr:.3g}|{self.seed}|{self.num_bytes}"
 
 
+class Plan:
+    """What is still to be run, most wanted first; changes as results come in."""
+
+    def __init__(self, options: argparse.Namespace, runs: dict[str, Any]) -> None:
+        self.options, self.runs = options, runs
+        self.grid_bytes = int(options.bytes * GRID_SHARE)
+        self.grids = {name: method.grid for name, method in methods(options.gap).items()}
+        wanted = options.methods or list(self.grids)
+        self.core = [name for name in CORE if name in wanted]
+        self.others = [name for name in wanted if name not in CORE]
+
+    def jobs(self) -> Iterator[Job]:
+        """Yield jobs without a result: grids, one seed of each, the claim's other seeds, the rest."""
+        for job in self._wanted():
+            if job.key not in self.runs:
+                yield job
+
+    def _wanted(self) -> Iterator[Job]:
+        for size in self.options.sizes:
+            seeds = range(1, self.options.seeds if size == self.options.sizes[0] else 1)
+            for names in (self.core, self.others):
+                for name in names:
+                    yield from self._grid(size, name)
+                yield from self._full(size, names, 0)
+            for names in (self.core, self.others):
+                for seed in seeds:
+                    yield from self._full(size, names, seed)
+            if self.options.refine:
+                for name in (*self.core, *self.others):
+                    yield from self._refined(size, name)
+
+    def _grid(self, size: str, name: str) -> Iterator[Job]:
+        rates = sorted(self.grids[name])
+        best = best_rate(self.runs, size, name, self.grid_bytes)
+        tried = [rate for rate in self._tried(size, name) if rate not in rates]
+        rates = sorted({*rates, *tried})
+        whole = all(
+            self._job(size, name, rate, 0, self.grid_bytes).key in self.runs for rate in rates
+        )
+        if whole and best is not None and len(rates) < LONGEST_GRID:
+            if best == rates[0]:
+                rates.append(best / GRID_RATIO)
+            elif best == rates[-1]:
+                rates.append(best * GRID_RATIO)
+        for rate in rates:
+            yield self._job(size, name, rate, 0, self.grid_bytes)
+
+    def _tried(self, size: str, name: str) -> list[float]:
+        wanted = (size, name, self.grid_bytes)
+        return [
+            r["lr"]
+            for r in self.runs.values()
+            if (r["size"], r["method"], r["num_bytes"]) == wanted
+        ]
+
+    def _full(self, size: str, names: list[str], seed: int) -> Iterator[Job]:
+        for name in names:
+            if any(job.key not in self.runs for job in self._grid(size, name)):
+                continue  # the grid may not fit into the time left; nothing is trained untuned
+            rate = full_rate(self.runs, size, name, self.grid_bytes, self.options.bytes)
+            if rate is not None:
+                yield self._job(size, name, rate, seed, self.options.bytes)
+
+    def _refined(self, size: str, name: str) -> Iterator[Job]:
+        rate = full_rate(self.runs, size, name, self.grid_bytes, self.options.bytes)
+        if rate is not None:
+            for other in (rate / GRID_RATIO, rate * GRID_RATIO):
+                yield self._job(size, name, other, 0, self.options.bytes)
+
+    @staticmethod
+    def _job(size: str, name: str, lr: float, seed: int, num_bytes: int) -> Job:
+        return Job(size=size, method=name, lr=float(f"{lr:.3g}"), seed=seed, num_bytes=num_bytes)
+
+    def seconds(self, job: Job, guess: float) -> float:
+        """Return what a job should take: by its method's runs, else its size's, else `guess` a byte."""
+        alike = [r for r in self.runs.values() if r["size"] == job.size and "wall_s" in r]
+        same = [r for r in alike if r["method"] == job.method]
+        rates = [r["wall_s"] / r["num_bytes"] for r in same]
+        if rates:
+            return 1.04 * min(rates) * job.num_bytes
+        rates = [r["wall_s"] / r["num_bytes"] for r in alike]
+        return 1.3 * (statistics.median(rates) if rates else guess) * job.num_bytes
+
+
+# ----------------------------------------------------------------------------------------- training
 class Trainer:
-    """Data and settings of all runs."""
+    """Data, programs and settings of all runs."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        train, valid, self.digest = corpus(options.bytes)
-        self.train, self.valid = train.to(self.device), valid.to(self.device)
-        self.tokens, self.batch, self.gap = options.tokens, options.batch, options.gap
+        self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self.tokens, self.batch = options.tokens, options.batch
         self.methods = methods(options.gap)
+        self.programs = Programs(compiled=options.compile == "yes")
+        self.guess: dict[str, float] = {}  # seconds a byte, by size
+        builder = self._build_library()
+        with ThreadPoolExecutor(1) as pool:  # text is read while the programs are compiled
+            loading = pool.submit(load_corpus, options.bytes)
+            for size in options.sizes:
+                self.guess[size] = self._warm_up(size)
+            self.corpus: Corpus = loading.result()
+        self.train = self.corpus.train.to(self.device)
+        self.valid = self.corpus.valid.to(self.device)
+        self.library = self._library(builder)
 
-    def draw(self, data: Tensor, generator: torch.Generator) -> Tensor:
-        """Return [batch, tokens + 1] from random places."""
-        starts = torch.randint(len(data) - self.tokens - 1, (self.batch, 1), generator=generator)
-        where = starts.to(self.device) + torch.arange(self.tokens + 1, device=self.device)
+    def _build_library(self) -> subprocess.Popen[bytes] | None:
+        missing = not (ROOT / ".native/libmemopt_cuda.so").exists()
+        if self.device == "cpu" or not missing:
+            return None
+        return subprocess.Popen([sys.executable, str(ROOT / "tools/build_cuda.py")])
+
+    def _library(self, builder: subprocess.Popen[bytes] | None) -> str:
+        if builder is not None:
+            builder.wait()
+        from memopt.ops import cuda_status
+
+        status = cuda_status()
+        return status.reason or status.build
+
+    def model(self, size: str) -> Llama:
+        """Make a model from torch's random numbers as they are."""
+        return Llama(size, self.tokens, self.programs, self.dtype).to(self.device)
+
+    def _warm_up(self, size: str) -> float:
+        """Compile for a size, or find that this cannot be done; return seconds a byte of a step."""
+        model = self.model(size)
+        text = torch.randint(256, (self.batch, self.tokens + 1), device=self.device)
+        try:
+            model(text).backward()
+        except Exception as error:  # noqa: BLE001 - whatever a compiler raises, training can go on
+            self.programs.give_up(error)
+        repeats = 5 if self.device == "cuda" else 1
+        for repeat in range(1 + repeats):
+            if repeat == 1:
+                self.sync()
+                begin = time.perf_counter()
+            model(text).backward()
+        self.sync()
+        return (time.perf_counter() - begin) / (repeats * self.batch * self.tokens)
+
+    def sync(self) -> None:
+        """Wait for the device."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def cut(self, data: Tensor, starts: Tensor) -> Tensor:
+        """Return [batch, tokens + 1] of text from `starts`."""
+        where = starts.unsqueeze(1) + torch.arange(self.tokens + 1, device=self.device)
         return data[where].long()
 
-    def loss(self, model: Llama, tokens: Tensor) -> Tensor:
-        """Forward under bfloat16 autocast on a GPU."""
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            found: Tensor = model(tokens)
-        return found
-
-    @torch.no_grad()
-    def validate(self, model: Llama, batches: int = 16) -> float:
-        """Return the loss on fixed places of the validation text."""
-        generator = torch.Generator().manual_seed(999)
-        return statistics.fmean(
-            float(self.loss(model, self.draw(self.valid, generator))) for _ in range(batches)
+    def starts(self, data: Tensor, count: int, seed: int) -> Tensor:
+        """Draw the places of `count` batches, the same for every method."""
+        generator = torch.Generator().manual_seed(seed)
+        places = torch.randint(
+            len(data) - self.tokens - 1, (count, self.batch), generator=generator
         )
+        return places.to(self.device)
 
-    def run(self, job: Job) -> dict[str, Any]:
-        """Train once; the seed decides the weights and the batches, the same for every method."""
+    def validate(self, model: Llama, batches: int) -> float:
+        """Return the loss on fixed places of the validation text, by the program that trains."""
+        starts = self.starts(self.valid, batches, 999)
+        losses = torch.stack([model(self.cut(self.valid, row)).detach() for row in starts])
+        return float(losses.double().mean())
+
+    def run(
+        self, job: Job, deadline: float, note: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """Train once; the seed decides the weights and the batches, the same for every method.
+
+        `note` is called with what there is so far at every point of the curve. The result has
+        "cut_off" when the deadline came first.
+        """
         torch.manual_seed(job.seed)
-        model = Llama(*SIZES[job.size], tokens=self.tokens).to(self.device)
+        model = self.model(job.size)
         optimizer = self.methods[job.method].make(model, job.lr)
         steps = max(2, job.num_bytes // (self.batch * self.tokens))
-        warmup = max(1, steps // 20)
-        generator = torch.Generator().manual_seed(1000 + job.seed)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: factor(s, steps, warmup))
-        curve, begin, training_s = [], time.perf_counter(), 0.0
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: factor(s, steps))
+        starts = self.starts(self.train, steps, 1000 + job.seed)
+        result: dict[str, Any] = {
+            "curve": [], "train_s": 0.0, "steps": steps, "text_digest": self.corpus.digest,
+            "epochs": steps * self.batch * self.tokens / len(self.train),
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }  # fmt: skip
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        stride = max(min(CURVE_STEPS, steps // 4), steps // CURVE_POINTS)
+        self.sync()
+        begin = time.perf_counter()
         for step in range(steps):
-            self.loss(model, self.draw(self.train, generator)).backward()
+            model(self.cut(self.train, starts[step])).backward()
             optimizer.step()
-            scheduler.step()
+            rate.step()
             optimizer.zero_grad()
-            if (step + 1) % max(1, steps // 20) == 0 or step + 1 == steps:
-                if self.device == "cuda":
-                    torch.cuda.synchronize()
-                training_s += time.perf_counter() - begin
-                curve.append(
-                    [(step + 1) * self.batch * self.tokens, self.validate(model), training_s]
-                )
-                if not math.isfinite(curve[-1][1]):
-                    break
-                begin = time.perf_counter()
-        return {
-            "loss": curve[-1][1], "curve": curve, "train_s": training_s, "steps": steps,
-            "state_bytes": state_bytes(optimizer), "parameters": sum(p.numel() for p in model.parameters()),
-            "peak_bytes": torch.cuda.max_memory_allocated() if self.device == "cuda" else 0,
-        }  # fmt: skip
+            last = step + 1 == steps
+            if not last and (step + 1) % stride:
+                continue
+            self.sync()
+            result["train_s"] += time.perf_counter() - begin
+            loss = self.validate(model, LAST_BATCHES if last else CURVE_BATCHES)
+            seen = (step + 1) * self.batch * self.tokens
+            result["curve"].append([seen, loss, result["train_s"]])
+            result |= {"loss": loss, "state_bytes": state_bytes(optimizer)}
+            if self.device == "cuda":
+                result["peak_bytes"] = torch.cuda.max_memory_allocated()
+            if not math.isfinite(loss):
+                return result | {"loss": math.inf, "diverged": True}
+            if not last and time.perf_counter() > deadline:
+                return result | {"cut_off": True}
+            note(result)
+            begin = time.perf_counter()
+        return result
 
 
-def factor(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, cosine to a tenth."""
+def factor(step: int, steps: int) -> float:
+    """Linear warm-up over 5 %, cosine to a tenth."""
+    warmup = max(1, steps // 20)
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -290,160 +331,111 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def plan(trainer: Trainer, options: argparse.Namespace, runs: dict[str, Any]) -> Iterator[Job]:
-    """Yield what is still to do: each size's grids first, then its seeds at the chosen rates."""
-    for size in options.sizes:
-        seeds = options.seeds if size == options.sizes[0] else 1
-        for name in options.methods or trainer.methods:
-            for lr in trainer.methods[name].grid:
-                yield Job(size=size, method=name, lr=lr, seed=0, num_bytes=options.bytes // 10)
-        for seed in range(seeds):
-            for name in options.methods or trainer.methods:
-                lr = best_rate(runs, size, name, options.bytes // 10)
-                if lr is not None:
-                    yield Job(size=size, method=name, lr=lr, seed=seed, num_bytes=options.bytes)
-
-
-def best_rate(runs: dict[str, Any], size: str, method: str, num_bytes: int) -> float | None:
-    """Return the grid's best learning rate among finite losses."""
-    wanted = (size, method, num_bytes)
-    alike = [r for r in runs.values() if (r["size"], r["method"], r["num_bytes"]) == wanted]
-    found = [(r["loss"], r["lr"]) for r in alike if math.isfinite(r["loss"])]
-    return min(found)[1] if found else None
-
-
+# ----------------------------------------------------------------------------------------- the loop
 def train_all(options: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Run what is missing while time is left."""
+    """Run what is missing while time is left; the result file is replaced after every point."""
     begin = time.perf_counter()
+    deadline = begin + options.limit_s
     trainer = Trainer(options)
-    if results.get("text_digest", trainer.digest) != trainer.digest:
-        raise SystemExit("the result file is of another text: change --out, or use its --bytes")
-    results.update(
-        text_digest=trainer.digest, text_bytes=len(trainer.train), torch=torch.__version__,
-        device=torch.cuda.get_device_name() if trainer.device == "cuda" else "cpu",
-        command=" ".join(sys.argv),
-    )  # fmt: skip
-    runs, last_s = results.setdefault("runs", {}), 0.0
-    for job in plan(trainer, options, runs):
-        if job.key in runs:
-            continue
-        like = [
-            r["wall_s"]
-            for r in runs.values()
-            if (r["size"], r["num_bytes"]) == (job.size, job.num_bytes)
-        ]
-        last_s = max(like, default=last_s)
-        if time.perf_counter() - begin + last_s > options.limit_s:
-            sys.stdout.write(f"time is up before {job.key}\n")
-            return
-        start = time.perf_counter()
-        runs[job.key] = {**vars(job), **trainer.run(job), "wall_s": time.perf_counter() - start}
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-        done = runs[job.key]
-        sys.stdout.write(f"{job.key}: {done['loss']:.4f} in {done['wall_s']:.0f} s\n")
-        sys.stdout.flush()
-
-
-# ----------------------------------------------------------------------------------------- results
-def summary(results: dict[str, Any], full_bytes: int) -> dict[str, Any]:
-    """Return mean loss and spread of every (size, method), and the share of GaLore's gap closed."""
-    found: dict[str, Any] = {}
-    for run in results.get("runs", {}).values():
-        if run["num_bytes"] == full_bytes:
-            found.setdefault(run["size"], {}).setdefault(run["method"], []).append(run)
-    table: dict[str, Any] = {}
-    grids = {name: method.grid for name, method in methods(1).items()}
-    for size, by_method in found.items():
-        table[size] = {name: _row(group, grids[name]) for name, group in by_method.items()}
-        losses = {name: row["loss"] for name, row in table[size].items()}
-        if {"AdamW", "GaLore 0.25", "FRUGAL 0.25"} <= losses.keys():
-            gap = losses["GaLore 0.25"] - losses["AdamW"]
-            closed = losses["GaLore 0.25"] - losses["FRUGAL 0.25"]
-            table[size]["gap closed by FRUGAL 0.25 (claim: 0.8)"] = closed / gap
-    return table
-
-
-def _row(group: list[dict[str, Any]], grid: tuple[float, ...]) -> dict[str, Any]:
-    losses = [run["loss"] for run in group]
-    rate = group[0]["lr"]
-    return {
-        "loss": statistics.fmean(losses), "spread": max(losses) - min(losses), "seeds": len(group),
-        "lr": rate, "lr_at_edge_of_grid": rate in (grid[0], grid[-1]),
-        "state_bytes": group[0]["state_bytes"],
-        "train_s": statistics.median(run["train_s"] for run in group),
+    corpus, runs = trainer.corpus, results["runs"]
+    device = torch.cuda.get_device_name() if trainer.device == "cuda" else "cpu"
+    session = {
+        "started_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": command(sys.argv),
+        "commit": commit(), "torch": torch.__version__, "device": device,
+        "text_bytes": len(corpus.train), "text_files": corpus.num_files, "text_digest": corpus.digest,
+        "programs": trainer.programs.note, "kernels": trainer.library,
+        "start_s": time.perf_counter() - begin, "guess_tokens_per_s": {k: 1 / v for k, v in trainer.guess.items()},
     }  # fmt: skip
+    results["sessions"].append(session)
+    say(json.dumps(session, indent=1))
+    plan = Plan(options, runs)
+    while True:
+        left = deadline - time.perf_counter()
+        jobs = list(plan.jobs())
+        job = next((j for j in jobs if plan.seconds(j, trainer.guess[j.size]) < left), None)
+        if job is None:
+            say(
+                f"{len(jobs)} runs to do, none fits into the {left:.0f} s that are left"
+                if jobs
+                else "all is done"
+            )
+            return
+        run_job(trainer, job, deadline, results, options.out)
 
 
-def draw(results: dict[str, Any], full_bytes: int, path: Path) -> None:
-    """Draw loss against bytes, time and state."""
-    import matplotlib as mpl
+def run_job(
+    trainer: Trainer, job: Job, deadline: float, results: dict[str, Any], out: Path
+) -> None:
+    """Train one job and put it where it belongs in the results."""
+    start = time.perf_counter()
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    def note(partial: dict[str, Any]) -> None:
+        results["unfinished"][job.key] = {**vars(job), **partial}
+        write_json(out, results)
 
-    runs = [r for r in results["runs"].values() if r["num_bytes"] == full_bytes and r["seed"] == 0]
-    size = runs[0]["size"]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
-    for number, run in enumerate(r for r in runs if r["size"] == size):
-        seen, losses, seconds = zip(*run["curve"], strict=True)
-        axes[0].plot(
-            [b / 1e6 for b in seen],
-            losses,
-            color=f"C{number}",
-            label=f"{run['method']}, lr {run['lr']:g}",
-        )
-        axes[1].plot(seconds, losses, color=f"C{number}")
-        axes[2].scatter(run["state_bytes"] / 2**20, run["loss"], color=f"C{number}")
-        axes[2].annotate(
-            run["method"],
-            (run["state_bytes"] / 2**20, run["loss"]),
-            textcoords="offset points",
-            xytext=(5, 5),
-        )
-    for axis, label in zip(
-        axes,
-        ("million bytes of text", "seconds of training", "MiB of optimizer state"),
-        strict=True,
-    ):
-        axis.set_xlabel(label)
-        axis.set_ylabel("validation loss, nats a byte")
-        axis.grid(alpha=0.3)
-    low = min(run["loss"] for run in runs)
-    for axis in axes[:2]:
-        axis.set_ylim(low - 0.02, low + 0.5)
-    axes[0].legend()
-    figure.suptitle(f"byte-level LLaMA {size}, {results['device']}")
-    figure.savefig(path, dpi=120)
+    done = {**vars(job), **trainer.run(job, deadline, note), "wall_s": time.perf_counter() - start}
+    done["tokens_per_s"] = done["curve"][-1][0] / max(1e-9, done["train_s"])
+    results["unfinished"].pop(job.key, None)
+    results["unfinished" if done.get("cut_off") else "runs"][job.key] = done
+    write_json(out, results)
+    cut = " CUT OFF" if done.get("cut_off") else ""
+    say(
+        f"{job.key}: {done['loss']:.4f} in {done['wall_s']:.1f} s, {done['tokens_per_s'] / 1e6:.2f} M tokens/s{cut}"
+    )
+
+
+def say(text: str) -> None:
+    """Print at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def load(options: argparse.Namespace) -> dict[str, Any]:
+    """Read and join the result files that are there; refuse settings that do not fit them."""
+    settings = {name: getattr(options, name) for name in ("bytes", "tokens", "batch", "gap")}
+    results: dict[str, Any] = {"settings": settings, "sessions": [], "runs": {}, "unfinished": {}}
+    for path in dict.fromkeys([*options.resume, options.out]):
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())
+        if found["settings"] != settings:
+            raise SystemExit(f"{path} was made with {found['settings']}, this call is {settings}")
+        results["sessions"] += [s for s in found["sessions"] if s not in results["sessions"]]
+        for kind in ("runs", "unfinished"):
+            results[kind] |= found[kind]
+    return results
 
 
 def main() -> None:
-    """Parse arguments; train or draw."""
+    """Parse arguments; train or report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument(
-        "--out", type=Path, required=True, help="result file, also what to continue"
+        "--out", type=Path, required=True, help="result file, continued if it is there"
     )
     parser.add_argument(
-        "--limit-s", type=float, default=540.0, help="start no run that would end later"
+        "--resume", type=Path, nargs="*", default=[], help="more results to continue"
     )
-    parser.add_argument("--bytes", type=int, default=300_000_000, help="text to train on, in bytes")
+    parser.add_argument("--limit-s", type=float, default=540.0, help="be done after this time")
+    parser.add_argument("--bytes", type=int, default=300_000_000, help="text to train on")
     parser.add_argument("--sizes", nargs="+", default=["10M"], choices=list(SIZES))
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="seeds of the first size (others: one)"
-    )
+    parser.add_argument("--seeds", type=int, default=3, help="of the first size (others: one)")
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--gap", type=int, default=200)
-    parser.add_argument("--plot", type=Path, help="draw the results instead of training")
+    parser.add_argument("--compile", choices=["yes", "no"], default="yes")
+    parser.add_argument("--refine", action="store_true", help="neighbouring rates in full, too")
+    parser.add_argument("--report", action="store_true", help="table (.md) and picture (.png) only")
     options = parser.parse_args()
-    results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    if options.plot:
-        draw(results, options.bytes, options.plot)
-    else:
+    results = load(options)
+    if not options.report:
         train_all(options, results)
-        results["summary"] = summary(results, options.bytes)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-    sys.stdout.write(json.dumps(summary(results, options.bytes), indent=1) + "\n")
+    results["summary"] = summary(results, GRID_SHARE)
+    write_json(options.out, results)
+    if results["summary"]:
+        options.out.with_suffix(".md").write_text(markdown(results))
+        draw(results, options.out.with_suffix(".png"))
+    say(markdown(results))
 
 
 if __name__ == "__main__":
