@@ -7,12 +7,25 @@
 
 /* ---------------------------------------------------------------------------------------------- tickets and blocks */
 
+void memopt_end_ticket(memopt_uring *engine, memopt_uring_ticket *ticket)
+{
+    ticket->finished = true;
+    if (ticket->when_over != NULL)
+        atomic_store_explicit(ticket->when_over, 1, memory_order_release);
+    pthread_cond_broadcast(&engine->changed);
+}
+
 static void settle_if_over(memopt_uring *engine, memopt_uring_ticket *ticket)
 {
-    if (ticket->queued || ticket->num_blocks != 0 || ticket->finished)
-        return;
-    ticket->finished = true;
-    pthread_cond_broadcast(&engine->changed);
+    if (!ticket->queued && ticket->num_blocks == 0 && !ticket->finished)
+        memopt_end_ticket(engine, ticket);
+}
+
+static void copy_payload(const memopt_uring_request *request)
+{
+    void *block = (void *)(uintptr_t)request->address, *payload = (void *)(uintptr_t)request->payload;
+    if (request->copy_bytes != 0)
+        memcpy(request->is_write ? block : payload, request->is_write ? payload : block, request->copy_bytes);
 }
 
 static void fail(memopt_uring_ticket *ticket, const block_t *block, int error)
@@ -56,6 +69,8 @@ static bool cut_block(memopt_uring *engine)
         const memopt_uring_request *request = &ticket->requests[ticket->cursor];
         uint64_t left = request->nbytes - ticket->cursor_bytes;
         uint64_t nbytes = left < engine->block_bytes ? left : engine->block_bytes;
+        if (request->is_write && ticket->cursor_bytes == 0)
+            copy_payload(request);
         uint32_t index = engine->free_blocks[--engine->num_free];
         engine->blocks[index] = (block_t){
             .ticket = ticket,
@@ -200,8 +215,8 @@ static void complete_block(memopt_uring *engine, uint32_t index, int result)
         issue_again(engine, index);
         return;
     }
-    if (request->copy_bytes != 0 && block->begin + block->nbytes == request->nbytes)
-        memcpy((void *)(uintptr_t)request->copy_to, (const void *)(uintptr_t)request->address, request->copy_bytes);
+    if (!request->is_write && block->begin + block->nbytes == request->nbytes)
+        copy_payload(request);
     retire(engine, index);
 }
 

@@ -4,6 +4,9 @@
  * (IORING_SETUP_DEFER_TASKRUN). Others only append to a queue under the mutex and kick the driver through an eventfd
  * that the ring itself reads.
  *
+ * A ticket is prepared, released (queued) and over. Whoever announces a release (a CUDA stream, by a host function) does
+ * not know whether the ticket's owner, or the engine's, is gone by then, so each announced release owns a share of both.
+ *
  * A ticket is a batch of requests with a cursor; a block is the part of a request that is in the kernel now. There are
  * queue_depth blocks; a batch may be of any size. A block whose transfer was short stays in its slot and is issued
  * again for the rest.
@@ -20,6 +23,8 @@
  * parent's, for whose waiters pthread_cond_destroy would wait. */
 void memopt_uring_free(memopt_uring *engine)
 {
+    if (atomic_fetch_sub(&engine->num_owners, 1) != 1)
+        return;
     free(engine->blocks);
     free(engine->free_blocks);
     free(engine->again);
@@ -40,6 +45,7 @@ int memopt_uring_open(uint32_t queue_depth, uint64_t block_bytes, int32_t use_sq
     pthread_condattr_destroy(&monotonic);
     pthread_mutex_init(&engine->lock, NULL);
     engine->state = 1;
+    atomic_init(&engine->num_owners, 1);
     engine->queue_depth = engine->num_free = queue_depth;
     engine->block_bytes = block_bytes;
     engine->use_sqpoll = use_sqpoll;
@@ -69,8 +75,8 @@ uint32_t memopt_uring_features(memopt_uring *engine)
     return engine->features;
 }
 
-int memopt_uring_submit(memopt_uring *engine, const memopt_uring_request *requests, uint32_t num_requests,
-                        memopt_uring_ticket **out)
+int memopt_uring_prepare(memopt_uring *engine, const memopt_uring_request *requests, uint32_t num_requests,
+                         uint64_t when_over, memopt_uring_ticket **out)
 {
     for (uint32_t i = 0; i < num_requests; i++) {
         if (requests[i].nbytes == 0 || requests[i].unit_bytes == 0)
@@ -85,27 +91,90 @@ int memopt_uring_submit(memopt_uring *engine, const memopt_uring_request *reques
         free(ticket);
         return -ENOMEM;
     }
-    memcpy(ticket->requests, requests, size);
+    if (size)
+        memcpy(ticket->requests, requests, size);
     ticket->num_requests = num_requests;
-    ticket->queued = num_requests != 0;
-    ticket->finished = num_requests == 0;
+    ticket->engine = engine;
+    ticket->when_over = (_Atomic uint32_t *)(uintptr_t)when_over;
+    atomic_init(&ticket->num_owners, 1);
+    *out = ticket;
+    return 0;
+}
 
-    pthread_mutex_lock(&engine->lock);
+void memopt_uring_arm(memopt_uring_ticket *ticket)
+{
+    atomic_fetch_add(&ticket->num_owners, 1);
+    atomic_fetch_add(&ticket->engine->num_owners, 1);
+}
+
+/* Called with the lock held. The kick is under it too: close() forgets the descriptor there. */
+static void queue(memopt_uring *engine, memopt_uring_ticket *ticket)
+{
+    ticket->released = true;
     int rc = engine->stopping ? -ECANCELED : engine->state;
-    if (rc == 0 && num_requests != 0) {
-        if (engine->tail != NULL)
-            engine->tail->next = ticket;
-        else
-            engine->head = ticket;
-        engine->tail = ticket;
+    if (rc != 0 || ticket->num_requests == 0) {
+        ticket->result.error = -rc;
+        memopt_end_ticket(engine, ticket);
+        return;
     }
+    ticket->queued = true;
+    if (engine->tail != NULL)
+        engine->tail->next = ticket;
+    else
+        engine->head = ticket;
+    engine->tail = ticket;
+    memopt_kick(engine);
+}
+
+void memopt_uring_release(void *argument)
+{
+    memopt_uring_ticket *ticket = argument;
+    memopt_uring *engine = ticket->engine;
+    pthread_mutex_lock(&engine->lock);
+    if (!ticket->released && !ticket->finished)
+        queue(engine, ticket);
+    pthread_mutex_unlock(&engine->lock);
+    memopt_uring_ticket_free(ticket);
+    memopt_uring_free(engine);
+}
+
+int memopt_uring_cancel(memopt_uring_ticket *ticket)
+{
+    memopt_uring *engine = ticket->engine;
+    pthread_mutex_lock(&engine->lock);
+    bool cancelled = !ticket->released && !ticket->finished;
+    if (cancelled) {
+        ticket->result.error = ECANCELED;
+        memopt_end_ticket(engine, ticket);
+    }
+    pthread_mutex_unlock(&engine->lock);
+    return cancelled;
+}
+
+int memopt_uring_is_released(memopt_uring_ticket *ticket)
+{
+    pthread_mutex_lock(&ticket->engine->lock);
+    bool released = ticket->released;
+    pthread_mutex_unlock(&ticket->engine->lock);
+    return released;
+}
+
+int memopt_uring_submit(memopt_uring *engine, const memopt_uring_request *requests, uint32_t num_requests,
+                        uint64_t when_over, memopt_uring_ticket **out)
+{
+    memopt_uring_ticket *ticket;
+    int rc = memopt_uring_prepare(engine, requests, num_requests, when_over, &ticket);
+    if (rc != 0)
+        return rc;
+    pthread_mutex_lock(&engine->lock);
+    rc = engine->stopping ? -ECANCELED : engine->state;
+    if (rc == 0)
+        queue(engine, ticket);
     pthread_mutex_unlock(&engine->lock);
     if (rc != 0) {
         memopt_uring_ticket_free(ticket);
         return rc;
     }
-    if (num_requests != 0)
-        memopt_kick(engine);
     *out = ticket;
     return 0;
 }
@@ -141,7 +210,7 @@ int memopt_uring_wait(memopt_uring *engine, memopt_uring_ticket *ticket, int64_t
 
 void memopt_uring_ticket_free(memopt_uring_ticket *ticket)
 {
-    if (ticket == NULL)
+    if (ticket == NULL || atomic_fetch_sub(&ticket->num_owners, 1) != 1)
         return;
     free(ticket->requests);
     free(ticket);
@@ -171,8 +240,10 @@ int memopt_uring_close(memopt_uring *engine)
     pthread_mutex_unlock(&engine->lock);
     memopt_kick(engine);
     int rc = -pthread_join(engine->driver, NULL);
+    pthread_mutex_lock(&engine->lock);
     close(engine->kick_fd);
     engine->kick_fd = -1;
+    pthread_mutex_unlock(&engine->lock);
     return rc;
 }
 

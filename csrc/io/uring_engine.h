@@ -3,8 +3,8 @@
  * Plain C11, no Python, no torch, no printing. Every function that can fail returns -errno. This header is also the
  * cdef of the Python binding (build_uring.py drops the lines that start with '#'), so both cannot disagree.
  *
- * Threads: every function may be called from any thread; after close only wait, count and free have a meaning. Memory: requests are
- * copied; the bytes they point to must stay valid until their ticket is finished.
+ * Threads: every function may be called from any thread; after close only wait, count, release and free have a meaning.
+ * Memory: requests are copied; the bytes they point to must stay valid until their ticket is finished.
  */
 #ifndef MEMOPT_URING_ENGINE_H
 #define MEMOPT_URING_ENGINE_H
@@ -14,13 +14,13 @@ typedef struct memopt_uring memopt_uring;
 typedef struct memopt_uring_ticket memopt_uring_ticket;
 
 /* One contiguous read or write. A block that the kernel refuses as unaligned (EINVAL), or that a short transfer leaves
- * unaligned, goes on through plain_fd, which has no O_DIRECT. Slots are registered files, or -1. After a read,
- * copy_bytes from address are copied to copy_to (0 for none): the odd tail of a direct read. */
+ * unaligned, goes on through plain_fd, which has no O_DIRECT. Slots are registered files, or -1. The first copy_bytes of
+ * address stand for those at payload (0 for none), the odd tail of a direct transfer: copied after a read, before a write. */
 typedef struct {
     uint64_t address;
     uint64_t nbytes;
     uint64_t offset;
-    uint64_t copy_to;
+    uint64_t payload;
     uint32_t copy_bytes;
     uint32_t unit_bytes;
     int32_t direct_fd;
@@ -50,13 +50,27 @@ typedef struct {
 int memopt_uring_open(uint32_t queue_depth, uint64_t block_bytes, int32_t use_sqpoll, memopt_uring **out);
 uint32_t memopt_uring_features(memopt_uring *engine);
 
-/* Queue a batch; never waits for the disk. The ticket is the caller's to free, after it is finished. */
+/* Queue a batch; never waits for the disk. The ticket is the caller's to free, after it is finished. when_over is the
+ * address of a 32-bit word that becomes 1 when the ticket is over, well or badly (0 for none): stored with release order
+ * after the last byte, by the thread that ends the ticket, so that a GPU can wait for it. It must outlive the ticket. */
 int memopt_uring_submit(memopt_uring *engine, const memopt_uring_request *requests, uint32_t num_requests,
-                        memopt_uring_ticket **out);
+                        uint64_t when_over, memopt_uring_ticket **out);
+
+/* The same in steps. A prepared ticket is not queued. arm() announces one call of release(), by anybody, even after the
+ * ticket was freed or the engine closed. release() queues the ticket, or ends it with ECANCELED when the engine was closed;
+ * it has the signature of a CUDA host function, takes no lock that is held across a system call that can block on the
+ * disk, and calls no CUDA. cancel() ends a ticket that was not released with ECANCELED and returns 1, else 0. */
+int memopt_uring_prepare(memopt_uring *engine, const memopt_uring_request *requests, uint32_t num_requests,
+                         uint64_t when_over, memopt_uring_ticket **out);
+void memopt_uring_arm(memopt_uring_ticket *ticket);
+void memopt_uring_release(void *ticket);
+int memopt_uring_cancel(memopt_uring_ticket *ticket);
+int memopt_uring_is_released(memopt_uring_ticket *ticket);
 
 /* 1: finished, result filled in. 0: timeout_ns passed (0 polls, negative waits for ever). */
 int memopt_uring_wait(memopt_uring *engine, memopt_uring_ticket *ticket, int64_t timeout_ns,
                       memopt_uring_result *result);
+/* Of a ticket that is finished, or was never released. */
 void memopt_uring_ticket_free(memopt_uring_ticket *ticket);
 
 /* Returns a slot. */
@@ -73,7 +87,8 @@ void memopt_uring_count(memopt_uring *engine, memopt_uring_counters *out);
  * the kernel for more than max_bytes at a time (0: no limit), as if each transfer were short. */
 void memopt_uring_inject(memopt_uring *engine, int32_t result, uint32_t skip, uint32_t count, uint64_t max_bytes);
 
-/* Waits for everything in flight, then closes the ring and its thread. Tickets can still be asked until the free. */
+/* Waits for everything in flight, then closes the ring and its thread; tickets that were not released are not waited
+ * for. Tickets can still be asked until the free; the memory goes with the last release that was announced. */
 int memopt_uring_close(memopt_uring *engine);
 void memopt_uring_free(memopt_uring *engine);
 /* In a forked child: closes the child's descriptors, touches neither the parent's ring nor its thread. */

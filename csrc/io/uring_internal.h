@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <liburing.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 
 #define MEMOPT_HIDDEN __attribute__((visibility("hidden")))
@@ -19,12 +20,16 @@
 #define KICK_TAG UINT64_MAX
 
 struct memopt_uring_ticket {
+    memopt_uring *engine;
     memopt_uring_ticket *next;
+    atomic_uint num_owners;    /* the caller's handle, and each announced release */
+    _Atomic uint32_t *when_over;
     memopt_uring_request *requests;
     uint32_t num_requests;
     uint32_t cursor;           /* request that is being cut into blocks */
     uint64_t cursor_bytes;     /* how much of it was cut */
     uint32_t num_blocks;       /* blocks in the kernel or waiting to be issued again */
+    bool released;
     bool queued;               /* in the engine's list: its owner must not free it yet */
     bool finished;
     memopt_uring_result result;
@@ -56,6 +61,7 @@ typedef struct {
 } control_t;
 
 struct memopt_uring {
+    atomic_uint num_owners; /* the caller's handle, and each announced release */
     struct io_uring ring;
     pthread_t driver;
     pthread_mutex_t lock;
@@ -85,6 +91,7 @@ struct memopt_uring {
 };
 
 /* uring_blocks.c: with the lock held; fill, reap and fail run on the driver */
+MEMOPT_HIDDEN void memopt_end_ticket(memopt_uring *engine, memopt_uring_ticket *ticket);
 MEMOPT_HIDDEN void memopt_fill_ring(memopt_uring *engine);
 MEMOPT_HIDDEN void memopt_reap(memopt_uring *engine);
 MEMOPT_HIDDEN void memopt_fail_everything(memopt_uring *engine, int rc);

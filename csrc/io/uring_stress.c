@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,6 +33,30 @@ static void check(int condition, const char *what)
     }
 }
 
+static void *release(void *ticket)
+{
+    memopt_uring_release(ticket);
+    return NULL;
+}
+
+/* Start a batch one of three ways: at once; released by another thread; the same, with a cancel that races with it. */
+static int start(task *t, const memopt_uring_request *requests, uint32_t n, uint64_t flag, memopt_uring_ticket **ticket)
+{
+    pthread_t releaser;
+    int way = rand_r(&t->seed) % 3, cancelled = 0;
+    if (way == 0) {
+        check(memopt_uring_submit(t->engine, requests, n, flag, ticket) == 0, "submit");
+        return 0;
+    }
+    check(memopt_uring_prepare(t->engine, requests, n, flag, ticket) == 0, "prepare");
+    memopt_uring_arm(*ticket);
+    check(pthread_create(&releaser, NULL, release, *ticket) == 0, "pthread_create");
+    if (way == 2)
+        cancelled = memopt_uring_cancel(*ticket);
+    check(pthread_detach(releaser) == 0, "pthread_detach");
+    return cancelled;
+}
+
 static int run_batch(task *t, char *memory, uint64_t total, int is_write)
 {
     memopt_uring_request requests[MAX_BATCH] = {0};
@@ -49,10 +74,16 @@ static int run_batch(task *t, char *memory, uint64_t total, int is_write)
     }
     memopt_uring_ticket *ticket;
     memopt_uring_result result;
-    check(memopt_uring_submit(t->engine, requests, n, &ticket) == 0, "submit");
+    _Atomic uint32_t flag = 0;
+    int cancelled = start(t, requests, n, (uint64_t)(uintptr_t)&flag, &ticket);
+    if (rand_r(&t->seed) % 2)
+        while (atomic_load_explicit(&flag, memory_order_acquire) == 0) /* what a GPU does */
+            usleep(50);
     while (!memopt_uring_wait(t->engine, ticket, rand_r(&t->seed) % 3 ? 200000 : -1, &result))
         continue;
-    memopt_uring_ticket_free(ticket);
+    check(atomic_load(&flag) == 1, "the word of a ticket that is over");
+    check(!cancelled || result.error == ECANCELED, "a cancelled ticket says so");
+    memopt_uring_ticket_free(ticket); /* its release may still be to come */
     return result.error;
 }
 

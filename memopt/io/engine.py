@@ -8,6 +8,8 @@ Python system calls). One conformance suite holds both to the same promises:
   :meth:`Engine.close`, so none is lost;
 * buffers stay alive until the last byte moved, whatever the caller drops;
 * a batch may be larger than the queue; submission never waits for the disk;
+* where :attr:`Engine.defers`, a batch can be prepared now and released later by native code (a CUDA host function), and
+  sets a word in memory when it is over (for a GPU that waits for it); such a batch keeps every promise above;
 * all methods may be called from any thread; a forked child may only close the engine it inherited.
 
 DeepSpeed's ``aio_handle`` does not look at the result of a completion, so a full disk reads as success (DeepSpeed
@@ -20,12 +22,12 @@ import logging
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from memopt.io.buffers import BouncePool, Buffer
+from memopt.io.buffers import BouncePool, Buffer, RawBuffer
 from memopt.io.files import IoFile
 from memopt.io.pieces import Piece, Transfer, plan_batch, release_bounces
 from memopt.types.errors import IoEngineUnavailable
@@ -66,6 +68,26 @@ class Ticket(ABC):
         self.claimed = False
         self._engine = engine
 
+    @property
+    def released(self) -> bool:
+        """Whether it was queued; false only for a batch that was prepared."""
+        return True
+
+    def release(self) -> None:  # noqa: B027 - an ordinary batch is queued already
+        """Queue a prepared batch. A second call does nothing."""
+
+    def release_call(self) -> tuple[int, int]:
+        """Return the addresses of a C function ``void (*)(void *)`` and of its argument that do the same as release.
+
+        The function may be called from any thread, never blocks on the disk and takes no Python lock. Whoever asks must
+        see to it that it is called once; that may be long after the ticket and the engine are gone.
+        """
+        raise ValueError("only a prepared batch can be released")
+
+    def cancel(self) -> bool:
+        """End a batch that was not released; return whether that was so: :meth:`wait` then raises ECANCELED."""
+        return False
+
     @abstractmethod
     def _finished(self, timeout_s: float | None) -> bool:
         """Wait up to ``timeout_s`` (None: for ever, 0: not at all) for the end of every piece; sets ``error``."""
@@ -98,6 +120,8 @@ class Engine(ABC):
     """Base of the engines: checks, cuts transfers into pieces, keeps the books. See the module for the promises."""
 
     name: str
+    defers = False
+    """Whether :meth:`prepare` and ``when_over`` work."""
 
     def __init__(self, *, queue_depth: int, reason: str = "") -> None:
         if queue_depth < 1 or queue_depth > 4096:
@@ -119,26 +143,75 @@ class Engine(ABC):
         self._totals = {"tickets": 0, "failed": 0, "read": 0, "write": 0, "buffered": 0}
 
     @abstractmethod
-    def _start(self, pieces: list[Piece]) -> Ticket:
+    def _start(self, pieces: list[Piece], when_over: RawBuffer | None) -> Ticket:
         """Queue ``pieces`` (maybe none) and return their ticket; must not block on the disk."""
+
+    def _prepare(
+        self, pieces: list[Piece], when_over: RawBuffer | None, alive: Callable[[], object] | None
+    ) -> Ticket:
+        """Return a ticket for ``pieces`` that is not queued."""
+        raise NotImplementedError
 
     @abstractmethod
     def _shut_down(self) -> None:
         """Release threads and rings; nothing is in flight. In a forked child: what is safe there."""
 
-    def submit(self, transfers: Sequence[Transfer]) -> Ticket:
+    def submit(
+        self, transfers: Sequence[Transfer], *, when_over: RawBuffer | None = None
+    ) -> Ticket:
         """Start a batch. The transfers of a batch, and of batches in flight, are not ordered against each other.
+
+        Args:
+            transfers: what to move.
+            when_over: 4 bytes that become the number 1 when the batch is over, well or badly (where the engine
+                :attr:`defers`).
 
         Raises:
             ValueError: a transfer that cannot be (read-only target, negative offset, closed file, closed engine).
             IoEngineUnavailable: the engine was opened in another process (before a fork).
         """
+        self._check_deferral(when_over)
+        return self._begin(transfers, lambda pieces: self._start(pieces, when_over))
+
+    def prepare(
+        self,
+        transfers: Sequence[Transfer],
+        *,
+        when_over: RawBuffer | None = None,
+        alive: Callable[[], object] | None = None,
+    ) -> Ticket:
+        """Plan a batch that :meth:`Ticket.release`, or native code, queues later; needs :attr:`defers`.
+
+        The bytes of a write are looked at after the release only. A batch that was never released is cancelled by
+        :meth:`close`, and :meth:`drain` does not wait for it.
+
+        Args:
+            transfers: what to move.
+            when_over: as for :meth:`submit`.
+            alive: asked now and then by whoever waits for a batch that is not released; raises when it never will be
+                (the GPU that should do it is lost), and the batch is cancelled with that as its reason.
+
+        Raises:
+            ValueError: as for :meth:`submit`, or the engine cannot defer.
+        """
+        self._check_deferral(self)
+        return self._begin(transfers, lambda pieces: self._prepare(pieces, when_over, alive))
+
+    def _check_deferral(self, asked: object) -> None:
+        if asked is not None and not self.defers:
+            raise ValueError(
+                f"the {self.name} engine cannot be driven by native code; open engine='io_uring'"
+            )
+
+    def _begin(
+        self, transfers: Sequence[Transfer], start: Callable[[list[Piece]], Ticket]
+    ) -> Ticket:
         self._reap()
         with self._gate:
             self._check_usable()
             pieces = plan_batch(transfers, self.bounces)
             try:
-                ticket = self._start(pieces)
+                ticket = start(pieces)
             except BaseException:
                 release_bounces(pieces, self.bounces)
                 raise
@@ -180,11 +253,12 @@ class Engine(ABC):
         """Forget ``file``; call it before the file is closed, when no transfer on it is in flight."""
 
     def drain(self) -> None:
-        """Wait for everything in flight and raise the first failure that nobody has waited for."""
+        """Wait for everything released and raise the first failure that nobody has waited for."""
         self._check_usable()
         for ticket in self._snapshot():
-            ticket._finished(None)
-            self._settle(ticket)
+            if ticket.released:
+                ticket._finished(None)
+                self._settle(ticket)
         self._raise_unclaimed()
 
     def stats(self) -> EngineStats:
@@ -217,6 +291,7 @@ class Engine(ABC):
                 return
             self._closed = True
         for ticket in self._snapshot():
+            ticket.cancel()
             ticket._finished(None)
             self._settle(ticket)
         self._shut_down()

@@ -15,12 +15,12 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from memopt.io.areas import Area, ExtentStoreFull, open_area
-from memopt.io.buffers import Buffer, BufferView, view_of
+from memopt.io.buffers import Buffer, BufferView, RawBuffer, view_of
 from memopt.io.engine import Engine, EngineName, Ticket, open_engine
 from memopt.io.files import IoFile
 from memopt.io.pieces import Kind, Transfer
@@ -176,9 +176,35 @@ class ExtentStore:
         """
         return self._submit("write", [(extent, buffer, offset)])
 
-    def read(self, extent: Extent, buffer: Buffer, *, offset: int = 0) -> Ticket:
-        """Start filling ``buffer`` from byte ``offset`` of ``extent``; see :meth:`read_batch`."""
-        return self._submit("read", [(extent, buffer, offset)])
+    def prepare_write(
+        self,
+        extent: Extent,
+        buffer: Buffer,
+        *,
+        offset: int = 0,
+        alive: Callable[[], object] | None = None,
+    ) -> Ticket:
+        """As :meth:`write`, but nothing moves before the ticket is released; see :meth:`Engine.prepare`."""
+        return self._submit(
+            "write",
+            [(extent, buffer, offset)],
+            lambda transfers: self.engine.prepare(transfers, alive=alive),
+        )
+
+    def read(
+        self,
+        extent: Extent,
+        buffer: Buffer,
+        *,
+        offset: int = 0,
+        when_over: RawBuffer | None = None,
+    ) -> Ticket:
+        """Start filling ``buffer`` from byte ``offset`` of ``extent``; see :meth:`read_batch` (``when_over``: ``Engine.submit``)."""
+        return self._submit(
+            "read",
+            [(extent, buffer, offset)],
+            lambda transfers: self.engine.submit(transfers, when_over=when_over),
+        )
 
     def write_batch(self, items: Sequence[tuple[Extent, Buffer]]) -> Ticket:
         """Start writing several buffers, each to its extent, with one submission.
@@ -236,6 +262,7 @@ class ExtentStore:
             self._leaving.clear()
         first: OSError | None = None
         for ticket in tickets:
+            ticket.cancel()
             claimed = ticket.claimed
             try:
                 ticket.wait()
@@ -255,7 +282,12 @@ class ExtentStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _submit(self, kind: Kind, items: Sequence[tuple[Extent, Buffer, int]]) -> Ticket:
+    def _submit(
+        self,
+        kind: Kind,
+        items: Sequence[tuple[Extent, Buffer, int]],
+        start: Callable[[list[Transfer]], Ticket] | None = None,
+    ) -> Ticket:
         views = [view_of(buffer, writable=kind == "read") for _, buffer, _ in items]
         for (extent, _, offset), view in zip(items, views, strict=True):
             self._check_range(kind, extent, offset, view.nbytes)
@@ -265,7 +297,7 @@ class ExtentStore:
             for (extent, _, offset), view in zip(items, views, strict=True)
             for transfer in self._transfers(kind, extent, offset, view)
         ]
-        ticket = self.engine.submit(transfers)
+        ticket = (start or self.engine.submit)(transfers)
         with self._lock:
             for (extent, _, offset), view in zip(items, views, strict=True):
                 self._enter(kind, extent, offset, view.nbytes, ticket)

@@ -75,8 +75,9 @@ def transfer_error(
 class Piece:
     """A run of bytes that goes through one descriptor.
 
-    ``view`` is what the kernel reads or fills. With a ``bounce`` block it is that block's view, and the first
-    ``copy_to.nbytes`` of it are copied to ``copy_to`` after a read.
+    ``view`` is what the kernel reads or fills. With a ``bounce`` block it is that block's view, whose first bytes stand
+    for ``payload``: the engine copies them there after a read, and from there when a write begins (not before: a
+    prepared write may be planned before its bytes exist).
     """
 
     kind: Kind
@@ -85,7 +86,7 @@ class Piece:
     offset: int
     view: BufferView
     bounce: BounceBlock | None = None
-    copy_to: BufferView | None = None
+    payload: BufferView | None = None
     padding_bytes: int = 0
 
     @property
@@ -154,11 +155,8 @@ def _piece(transfer: Transfer, offset: int, view: BufferView, *, direct: bool) -
 def _bounced(transfer: Transfer, offset: int, tail: BufferView, pool: BouncePool) -> Piece:
     block = pool.take()
     unit = block.view.part(0, transfer.file.unit_bytes)
-    copy_to: BufferView | None = tail
     if transfer.kind == "write":
-        unit.view[: tail.nbytes] = tail.view
         unit.view[tail.nbytes :] = bytes(unit.nbytes - tail.nbytes)
-        copy_to = None
     return Piece(
         kind=transfer.kind,
         file=transfer.file,
@@ -166,7 +164,7 @@ def _bounced(transfer: Transfer, offset: int, tail: BufferView, pool: BouncePool
         offset=offset,
         view=unit,
         bounce=block,
-        copy_to=copy_to,
+        payload=tail,
         padding_bytes=unit.nbytes - tail.nbytes,
     )
 

@@ -18,7 +18,7 @@ import time
 import weakref
 from typing import TypeAlias
 
-from memopt.io.buffers import BufferView
+from memopt.io.buffers import BufferView, RawBuffer
 from memopt.io.engine import DEFAULT_QUEUE_DEPTH, Engine, Ticket
 from memopt.io.pieces import Piece
 
@@ -76,7 +76,8 @@ class ThreadsEngine(Engine):
             worker.start()
         self._finalizer = weakref.finalize(self, _stop, self._jobs, self.num_workers, os.getpid())
 
-    def _start(self, pieces: list[Piece]) -> Ticket:
+    def _start(self, pieces: list[Piece], when_over: RawBuffer | None) -> Ticket:
+        del when_over  # refused before
         jobs = [(piece, start, stop) for piece in pieces for start, stop in self._blocks(piece)]
         ticket = _ThreadsTicket(self, pieces, len(jobs))
         for piece, start, stop in jobs:
@@ -128,6 +129,8 @@ def _work(jobs: queue.SimpleQueue[_Job]) -> None:
 def _run_block(piece: Piece, start: int, stop: int) -> None:
     """Transfer the bytes ``[start, stop)`` of ``piece``, resuming short transfers."""
     done = start
+    if piece.payload is not None and piece.kind == "write":
+        piece.view.view[: piece.payload.nbytes] = piece.payload.view
     while done < stop:
         part = piece.view.part(done, stop)
         direct = piece.direct and (done - start) % piece.file.unit_bytes == 0
@@ -148,8 +151,8 @@ def _run_block(piece: Piece, start: int, stop: int) -> None:
         if moved == 0:
             raise piece.end_of_file(done)
         done += moved
-    if piece.copy_to is not None:
-        piece.copy_to.view[:] = piece.view.view[: piece.copy_to.nbytes]
+    if piece.payload is not None and piece.kind == "read":
+        piece.payload.view[:] = piece.view.view[: piece.payload.nbytes]
 
 
 def _call(piece: Piece, part: BufferView, offset: int, *, direct: bool) -> int:

@@ -16,11 +16,11 @@ import importlib
 import os
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from memopt.io.buffers import Buffer, view_of
+from memopt.io.buffers import Buffer, RawBuffer, view_of
 from memopt.io.engine import DEFAULT_QUEUE_DEPTH, Engine, Ticket
 from memopt.io.files import IoFile, create_unlinked
 from memopt.io.pieces import Piece
@@ -66,9 +66,12 @@ def load_native() -> Any:
 
 
 class _UringTicket(Ticket):
-    def __init__(self, engine: UringEngine, pieces: list[Piece], handle: Any) -> None:
+    def __init__(
+        self, engine: UringEngine, pieces: list[Piece], handle: Any, when_over: RawBuffer | None
+    ) -> None:
         super().__init__(engine, pieces)
         self._handle = handle
+        self._when_over = when_over  # kept alive: the driver writes there
         self._native = engine._native
         self._ring = engine._ring
         self._is_over = False
@@ -90,6 +93,7 @@ class _UringTicket(Ticket):
             ):
                 self._take_result(result)
                 return True
+            self._check_alive()
             if end is not None and time.monotonic() >= end:
                 return False
 
@@ -97,7 +101,11 @@ class _UringTicket(Ticket):
         with self._engine._lock:
             if self._is_over:
                 return
-            if result.error:
+            if result.error and not self.pieces:
+                self.error = OSError(result.error, f"{os.strerror(result.error)}: an empty batch")
+            elif result.error == errno.ECANCELED:
+                self.error = self.pieces[0].error(errno.ECANCELED, 0, self._why_cancelled())
+            elif result.error:
                 piece, done = self.pieces[result.request], int(result.done_bytes)
                 at_end = result.error == errno.ENODATA or (
                     result.error == errno.EIO and piece.kind == "write"
@@ -105,11 +113,59 @@ class _UringTicket(Ticket):
                 self.error = piece.end_of_file(done) if at_end else piece.error(result.error, done)
             self._is_over = True
 
+    def _check_alive(self) -> None:
+        """A batch that can be waited for is queued, unless it is a prepared one."""
+
+    def _why_cancelled(self) -> str:
+        return "the engine was closed first"
+
+
+class _PreparedTicket(_UringTicket):
+    """A batch that waits for its release; native code owns a share of the handle until it has released it."""
+
+    alive: Callable[[], object] | None = None
+    lost: BaseException | None = None
+
+    @property
+    def released(self) -> bool:
+        return bool(self._native.lib.memopt_uring_is_released(self._handle))
+
+    def release(self) -> None:
+        self._native.lib.memopt_uring_arm(self._handle)
+        self._native.lib.memopt_uring_release(self._handle)
+
+    def release_call(self) -> tuple[int, int]:
+        ffi, lib = self._native.ffi, self._native.lib
+        function = ffi.addressof(lib, "memopt_uring_release")
+        lib.memopt_uring_arm(self._handle)
+        return int(ffi.cast("uintptr_t", function)), int(ffi.cast("uintptr_t", self._handle))
+
+    def cancel(self) -> bool:
+        if not self._native.lib.memopt_uring_cancel(self._handle):
+            return False
+        self.claimed = True
+        return True
+
+    def _check_alive(self) -> None:
+        if self.alive is None or self.released:
+            return
+        try:
+            self.alive()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is why nobody will release this batch
+            self.lost = error
+            self.cancel()
+
+    def _why_cancelled(self) -> str:
+        if self.lost is None:
+            return "the batch was cancelled before it was released"
+        return f"the batch will never be released: {self.lost}"
+
 
 class UringEngine(Engine):
     """io_uring with registered files and buffers. Use :meth:`open`, which probes. See the module."""
 
     name = "io_uring"
+    defers = True
 
     def __init__(
         self,
@@ -168,25 +224,43 @@ class UringEngine(Engine):
             raise IoEngineUnavailable(f"io_uring: {os.strerror(-rc)}{f': {why}' if why else ''}")
         return self._native.ffi.gc(out[0], self._native.lib.memopt_uring_free)
 
-    def _start(self, pieces: list[Piece]) -> Ticket:
-        ffi, lib = self._native.ffi, self._native.lib
+    def _start(self, pieces: list[Piece], when_over: RawBuffer | None) -> Ticket:
+        handle = self._hand_over(self._native.lib.memopt_uring_submit, pieces, when_over)
+        return _UringTicket(self, pieces, handle, when_over)
+
+    def _prepare(
+        self, pieces: list[Piece], when_over: RawBuffer | None, alive: Callable[[], object] | None
+    ) -> Ticket:
+        handle = self._hand_over(self._native.lib.memopt_uring_prepare, pieces, when_over)
+        ticket = _PreparedTicket(self, pieces, handle, when_over)
+        ticket.alive = alive
+        return ticket
+
+    def _hand_over(self, call: Any, pieces: list[Piece], when_over: RawBuffer | None) -> Any:
+        """Copy ``pieces`` to native requests, ``call`` with them, and return the handle that owns the ticket."""
+        ffi = self._native.ffi
+        if when_over is not None and (when_over.nbytes != 4 or when_over.address % 4):
+            raise ValueError(
+                f"when_over={when_over} is no aligned 32-bit word; pass RawBuffer(address=, nbytes=4, owner=)"
+            )
         requests = ffi.new("memopt_uring_request[]", len(pieces))
         for request, piece in zip(requests, pieces, strict=True):
             self._fill(request, piece)
         out = ffi.new("memopt_uring_ticket **")
-        rc = lib.memopt_uring_submit(self._ring, requests, len(pieces), out)
+        word = when_over.address if when_over is not None else 0
+        rc = call(self._ring, requests, len(pieces), word, out)
         if rc < 0:
             raise OSError(-rc, f"{os.strerror(-rc)}: io_uring does not take requests any more")
-        return _UringTicket(self, pieces, ffi.gc(out[0], lib.memopt_uring_ticket_free))
+        return ffi.gc(out[0], self._native.lib.memopt_uring_ticket_free)
 
     def _fill(self, request: Any, piece: Piece) -> None:
         direct_slot, plain_slot = self._slots_of(piece.file)
         request.address = piece.view.address
         request.nbytes = piece.view.nbytes
         request.offset = piece.offset
-        if piece.copy_to is not None:
-            request.copy_to = piece.copy_to.address
-            request.copy_bytes = piece.copy_to.nbytes
+        if piece.payload is not None:
+            request.payload = piece.payload.address
+            request.copy_bytes = piece.payload.nbytes
         request.unit_bytes = piece.file.unit_bytes
         request.direct_fd = piece.file.direct_fd
         request.direct_slot = direct_slot
@@ -239,7 +313,8 @@ class UringEngine(Engine):
         """Forget all registered buffers. Transfers in flight are waited for first."""
         self._check_usable()
         for ticket in self._snapshot():
-            ticket._finished(None)
+            if ticket.released:
+                ticket._finished(None)
         self._native.lib.memopt_uring_remove_buffers(self._ring)
 
     def counters(self) -> UringCounters:
