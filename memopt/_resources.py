@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from memopt._probing import KeptRates
 from memopt._states import expected_grad_bytes, measure_states, optimizer_tensors
 from memopt.activations.spill import SpillArea
 from memopt.activations.transfers import CpuTransfers, Transfers
@@ -64,6 +65,7 @@ class Resources:
         self.io = io
         self.accounted = accounted
         self.notes: list[str] = list(budget.notes)
+        self.probe_notes: list[str] = []
         self.closed = False
         self._thread = threading.get_ident()
         self._fraction: float | None = None
@@ -88,8 +90,17 @@ class Resources:
         return "ssd" if self.io is not None else "device"
 
     def hardware(self) -> Hardware:
-        """Measure the ways off the device."""
-        if self.io is None:
+        """Rates of the ways off the device: kept by `memopt probe`, and measured where it kept none."""
+        paths = [directory.path for directory in self.budget.ssd]
+        kept = KeptRates.find(self.device, paths, self.io[0].name if self.io else "")
+        hardware = kept.hardware(None if kept.complete else self._measure(with_ssd=not kept.ssd))
+        self.probe_notes = list(kept.notes)
+        if kept.link or kept.ssd:
+            self.probe_notes.append(f"transfer rates: {hardware.source}")
+        return hardware
+
+    def _measure(self, *, with_ssd: bool) -> Hardware:
+        if self.io is None or not with_ssd:
             return measure_hardware(self.device, self.host, None)
         probed = [(d.path, min(PROBE_BYTES, d.size_bytes)) for d in self.budget.ssd]
         with ExtentStore(probed, self.io[0]) as store:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
+
+# Rates kept for this machine must not decide what tests see, nor tests what is kept.
+os.environ["MEMOPT_CACHE"] = "off"
 
 
 @functools.cache
@@ -21,3 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and why_no_gpu():
             item.add_marker(pytest.mark.skip(reason=why_no_gpu()))
+
+
+@pytest.fixture(autouse=True)
+def _tables_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables take the terminal's width: what is read from them must not depend on who runs the tests where."""
+    monkeypatch.setenv("COLUMNS", "120")

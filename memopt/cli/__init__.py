@@ -12,6 +12,7 @@ import click
 
 import memopt
 from memopt.cli.demo import demo_command
+from memopt.cli.probe import probe_command
 from memopt.cli.report import report_command
 from memopt.types.errors import ConfigError
 
@@ -34,6 +35,7 @@ def main() -> None:
 
 
 main.add_command(demo_command)
+main.add_command(probe_command)
 main.add_command(report_command)
 
 __all__ = ["main"]

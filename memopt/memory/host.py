@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from memopt.memory.mounts import unescape
 from memopt.types.budget import Budget, DirectoryFacts, HostFacts, ResolvedBudget
 
 # f_type of file systems that are memory: linux/magic.h
@@ -108,13 +109,9 @@ def _cgroup_mounts(proc: Path, root: Path) -> list[tuple[Path, str, _CgroupFiles
         kind, _, super_options = tail.split(" ", 2)
         files = _V2 if kind == "cgroup2" else _V1 if "memory" in super_options.split(",") else None
         if files in paths and kind in ("cgroup", "cgroup2"):
-            mount_root, mount_point = (_unescape(field) for field in fields.split(" ")[3:5])
+            mount_root, mount_point = (unescape(field) for field in fields.split(" ")[3:5])
             found.append((root / mount_point.lstrip("/"), _below(paths[files], mount_root), files))
     return found
-
-
-def _unescape(field: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), field)
 
 
 def _below(path: str, mount_root: str) -> str:

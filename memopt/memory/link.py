@@ -1,22 +1,20 @@
-"""Rates of the way off the device, measured with memopt's own buffers in a fraction of a second."""
+"""What a session measures where `memopt probe` kept nothing: with its own buffers, in a fraction of a second."""
 
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from typing import Any
 
 import torch
 
-from memopt.memory.pinned import HostBuffer, HostPool
+from memopt.memory.pinned import HostPool
+from memopt.memory.rates import link_rates, memcpy_rate
 from memopt.types.hardware import Hardware
 
 _LINK_BYTES = 64 << 20
 PROBE_BYTES = 32 << 20
 """Written and read once to rate the spill directories."""
-
-_MEMCPY_BYTES = 8 << 20
 
 
 def measure_hardware(device: torch.device, host: HostPool | None, store: Any) -> Hardware:
@@ -36,10 +34,10 @@ def measure_hardware(device: torch.device, host: HostPool | None, store: Any) ->
             d2h = h2d = 20e9
             source = "assumed 20 GB/s: the host budget leaves no room to measure the link"
         else:
-            d2h, h2d = _link_rates(device, buffer)
+            d2h, h2d = link_rates(device, buffer)
             buffer.release()
     else:
-        d2h = h2d = _memcpy_rate()
+        d2h = h2d = memcpy_rate()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return Hardware(
         device=device.type,
@@ -50,35 +48,6 @@ def measure_hardware(device: torch.device, host: HostPool | None, store: Any) ->
         ssd_read_bytes_per_s=read_rate,
         source=source,
     )
-
-
-def _link_rates(device: torch.device, buffer: HostBuffer) -> tuple[float, float]:
-    on_device = torch.empty(_LINK_BYTES, dtype=torch.uint8, device=device)
-    on_host = buffer.tensor(torch.uint8, (_LINK_BYTES,))
-
-    def rate(target: torch.Tensor, source: torch.Tensor) -> float:
-        seconds = []
-        for _ in range(5):
-            torch.cuda.synchronize(device)
-            begin = time.perf_counter()
-            target.copy_(source, non_blocking=True)
-            torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - begin)
-        return _LINK_BYTES / statistics.median(seconds)
-
-    return rate(on_host, on_device), rate(on_device, on_host)
-
-
-def _memcpy_rate() -> float:
-    """Rate of copies in host memory; small blocks, outside what is accounted to the loop."""
-    source = bytearray(_MEMCPY_BYTES)
-    target = bytearray(_MEMCPY_BYTES)
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        target[:] = source
-        seconds.append(time.perf_counter() - begin)
-    return _MEMCPY_BYTES / statistics.median(seconds)
 
 
 def _disk_rates(store: Any) -> tuple[float, float]:

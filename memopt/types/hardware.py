@@ -17,7 +17,9 @@ class Hardware:
         h2d_bytes_per_s: host to device, likewise.
         ssd_write_bytes_per_s: sequential write into the spill directories; 0 without one.
         ssd_read_bytes_per_s: sequential read, likewise.
-        source: "measured" or the reason why a figure was assumed.
+        duplex_bytes_per_s: both directions together while both are busy; 0 where it was not measured.
+        page_lock_bytes_per_s: host memory faulted in and page-locked, likewise.
+        source: "measured", where the figures were kept, or the reason why one was assumed.
     """
 
     device: str
@@ -26,6 +28,8 @@ class Hardware:
     h2d_bytes_per_s: float
     ssd_write_bytes_per_s: float = 0.0
     ssd_read_bytes_per_s: float = 0.0
+    duplex_bytes_per_s: float = 0.0
+    page_lock_bytes_per_s: float = 0.0
     source: str = "measured"
 
     def to_dict(self) -> dict[str, Any]:
