@@ -108,20 +108,6 @@ def test_compiled_regions(what, placement):
         assert_bitwise(Program(build=build, step=simple_step, regions=["layers"]), placement)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("placement", ["recompute", "kept", "ssd"])
-def test_regions_compiled_by_inductor(placement):
-    def build():
-        net = Net(Sines)
-        for layer in net.layers:
-            layer.compile()
-        return net
-
-    with quiet():
-        torch._dynamo.reset()
-        assert_bitwise(Program(build=build, step=simple_step, regions=["layers"]), placement)
-
-
 @pytest.mark.parametrize("placement", some("recompute", "kept", "ssd", "mix-0"))
 def test_user_hooks(placement):
     """Forward and backward hooks on regions and submodules, and tensor hooks inside a region, all change values."""
