@@ -1,7 +1,8 @@
 """Recording a traced step: what every op of every region allocates, costs, and is needed for.
 
 The observed forward mode runs the ops as the plain one does and asks three things more:
-- which outputs does autograd keep? (a pack hook in front of the checkpoint's own);
+- which outputs does autograd keep? (a pack hook in front of the checkpoint's own); what it keeps
+  that no op was seen to return (compiled code hides its ops) counts for the region as a whole;
 - how long did each op take, and how many FLOPs was it?
 - did anything write to an output that the dispatcher did not see (a Triton kernel, numpy)? Every
   fresh output is digested at birth, and again whenever an op or autograd takes it and at the
@@ -77,6 +78,7 @@ class Record:
     backward: list[Any] = field(default_factory=list)
     backward_peak_bytes: int = 0
     backward_level_bytes: int = 0
+    hidden_nbytes: int = 0
     fragile: set[int] = field(default_factory=set)
     written_inputs: set[int] = field(default_factory=set)
 
@@ -93,12 +95,16 @@ class ObservedMode(ForwardMode):
         self._hooks: Any = None
         self._inputs: list[tuple[int, PreImage]] = []
         self.cloned_bytes = 0
+        self._hidden: dict[int, weakref.ref[Any]] = {}
+        self._known: set[int] = set()
 
     def __enter__(self) -> ObservedMode:
         """Push the mode and a pack hook in front of the checkpoint's."""
         leaves = self.frame.call_args or []
         self._inputs = [(i, PreImage(t)) for i, t in enumerate(leaves) if _may_be_written(t)]
         self.cloned_bytes = sum(nbytes_of(image.before) for _, image in self._inputs)
+        states = (*self.frame.module.parameters(), *self.frame.module.buffers())
+        self._known = {storage_key(t) for t in tensors_in((leaves, states)) if is_plain(t)}
         super().__enter__()
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if top is not None:
@@ -191,7 +197,12 @@ class ObservedMode(ForwardMode):
             return
         key = storage_key(tensor)
         birth = self._births.get(key)
-        if birth is None or birth.storage() is not tensor.untyped_storage():
+        storage = tensor.untyped_storage()
+        if birth is None or birth.storage() is not storage:
+            hidden = self._hidden.get(key)
+            if key not in self._known and (hidden is None or hidden() is not storage):
+                self._hidden[key] = weakref.ref(storage)
+                self.record.hidden_nbytes += storage.nbytes()
             return
         with _disable_current_modes():
             self._verify({key})
@@ -328,12 +339,18 @@ class RegionObserver:
         digesting = sum(seconds(*op.digesting) for op in record.ops if op.digesting)
         back = record.backward
         names = [(op.facts.name, op.nbytes) for op in record.ops]
+        inputs = sum(n for key, n in record.input_ids if users[key] == 1)
+        saved = sum(op.saved_nbytes for op in record.ops)
+        if (
+            record.hidden_nbytes
+        ):  # then what the region's own first ops save of its input is hidden too
+            saved += record.hidden_nbytes + inputs
         parameters = {id(p): nbytes_of(p) for p in record.module.parameters() if p.requires_grad}
         return RegionTrace(
             name=record.name,
             group=hashlib.sha1(repr(names).encode(), usedforsecurity=False).hexdigest()[:12],
-            input_nbytes=sum(n for key, n in record.input_ids if users[key] == 1),
-            saved_nbytes=sum(op.saved_nbytes for op in record.ops),
+            input_nbytes=inputs,
+            saved_nbytes=saved,
             ops=ops,
             num_ops=record.num_ops,
             forward_s=max(0.0, seconds(*record.forward) - digesting),

@@ -15,6 +15,7 @@ from _models import model_program
 from _traps import WIDTH, Block, Net, Sines, batch, simple_step
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 import memopt
 from memopt.memory.accounting import AccountedMemory
@@ -161,6 +162,47 @@ def test_compiled_regions_hold_only_their_input():
     head = 2 * row_bytes + 4  # its output, which `square` saves, and the loss
     assert ours == inputs + head
     assert plain >= ours + 3 * 3 * WIDTH * row_bytes
+
+
+class _Hidden(torch.autograd.Function):
+    """What a compiled function is to the modes: tensors appear from nowhere, and autograd saves some of them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        with _disable_current_modes():
+            first, second = torch.sin(x), torch.cos(x)
+            ctx.save_for_backward(x, first, second)
+            return first * second
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, first, second = ctx.saved_tensors
+        return grad * (second * second - first * first)
+
+
+class Hiding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x):
+        return _Hidden.apply(x * self.weight)
+
+
+def test_what_hidden_code_saves_counts_for_the_region():
+    """Else the planner would take such a model to fit any budget."""
+    rows = 2048
+    nbytes = rows * WIDTH * 4
+    net = Net(Hiding)
+    with memopt.optimize(net, plan="recompute", regions=["layers"]) as run:
+        for i in range(2):
+            net(batch(i, rows, WIDTH)).square().mean().backward()
+    for region in run.trace.regions:
+        by_ops = sum(op.saved_nbytes for op in region.ops)
+        assert by_ops == nbytes, "x * weight"
+        assert region.saved_nbytes == by_ops + 2 * nbytes + region.input_nbytes
+    inside = 3 * (3 + 1) * nbytes
+    assert run.report().baseline.device_bytes >= inside
 
 
 def test_a_flat_sequential_compiled_in_place_is_one_region():
