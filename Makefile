@@ -14,6 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := Makefile pyproject.toml constraints.txt $(wildcard setup.py MANIFEST.in csrc/io/*)
 # 1: a native part that cannot be built is a failure of `make test`, not a skip.
 REQUIRE_NATIVE ?= 1
+TEST_WORKERS ?= 2
 
 # The CUDA kernels are built, and then required by the tests, where there is an nvcc.
 NVCC := $(firstword $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/nvcc) $(shell command -v nvcc))
@@ -73,9 +74,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The tests' tensors are small: one thread is as fast as several, and steadier.
+# The tests' tensors are small: one thread is as fast as several, and steadier; so two processes run them.
 test: lint $(KERNELS)
-	MEMOPT_REQUIRE_NATIVE=$(REQUIRE_NATIVE) MEMOPT_REQUIRE_CUDA=$(if $(KERNELS),1,0) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	MEMOPT_REQUIRE_NATIVE=$(REQUIRE_NATIVE) MEMOPT_REQUIRE_CUDA=$(if $(KERNELS),1,0) OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 clean:
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo_out
