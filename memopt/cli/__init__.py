@@ -12,6 +12,7 @@ import click
 
 import memopt
 from memopt.cli.demo import demo_command
+from memopt.cli.doctor import doctor_command
 from memopt.cli.probe import probe_command
 from memopt.cli.report import report_command
 from memopt.types.errors import ConfigError
@@ -35,6 +36,7 @@ def main() -> None:
 
 
 main.add_command(demo_command)
+main.add_command(doctor_command)
 main.add_command(probe_command)
 main.add_command(report_command)
 
