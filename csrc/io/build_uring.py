@@ -7,6 +7,7 @@ does the same work; ``MEMOPT_REQUIRE_NATIVE=1`` makes that an error.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -30,6 +31,16 @@ def liburing_flags() -> list[str]:
     return ["-l:liburing.a"] if os.sep in found.stdout else ["-luring"]
 
 
+def liburing_version() -> str:
+    """Return what pkg-config says of the liburing that is compiled in; empty where it cannot say."""
+    program = shutil.which("pkg-config")
+    if program is None:
+        return ""
+    asked = [program, "--modversion", "liburing"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)  # noqa: S603 - a fixed question
+    return found.stdout.strip()
+
+
 ffibuilder = FFI()
 ffibuilder.cdef(declarations())
 ffibuilder.set_source(
@@ -37,6 +48,7 @@ ffibuilder.set_source(
     '#include "uring_engine.h"',
     sources=[f"csrc/io/uring_{part}.c" for part in ("engine", "driver", "blocks", "registry")],
     include_dirs=["csrc/io"],
+    define_macros=[("MEMOPT_LIBURING", f'"{liburing_version()}"')],
     extra_compile_args=["-std=c11", "-O2", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"],
     extra_link_args=[*liburing_flags(), "-pthread", "-Wl,--exclude-libs,ALL"],
     optional=os.environ.get("MEMOPT_REQUIRE_NATIVE", "") in ("", "0"),

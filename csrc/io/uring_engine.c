@@ -233,6 +233,14 @@ void memopt_uring_inject(memopt_uring *engine, int32_t result, uint32_t skip, ui
     pthread_mutex_unlock(&engine->lock);
 }
 
+#ifndef MEMOPT_LIBURING
+#define MEMOPT_LIBURING ""
+#endif
+const char *memopt_uring_liburing(void)
+{
+    return MEMOPT_LIBURING;
+}
+
 int memopt_uring_close(memopt_uring *engine)
 {
     pthread_mutex_lock(&engine->lock);

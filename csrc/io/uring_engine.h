@@ -46,6 +46,9 @@ typedef struct {
     uint64_t num_enters;
 } memopt_uring_counters;
 
+/* The version of liburing that was compiled in; empty where the build could not tell. */
+const char *memopt_uring_liburing(void);
+
 /* What the ring was opened with: bit 0 SQPOLL, bit 1 deferred task work, bit 2 registered files, bit 3 buffers. */
 int memopt_uring_open(uint32_t queue_depth, uint64_t block_bytes, int32_t use_sqpoll, memopt_uring **out);
 uint32_t memopt_uring_features(memopt_uring *engine);
