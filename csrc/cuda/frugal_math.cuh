@@ -95,14 +95,27 @@ struct Scalars {
 
 // -1, 0, 1, and NaN for NaN.
 __device__ __forceinline__ float sign_of(float x) {
-  if (isnan(x)) return x;
-  return static_cast<float>((x > 0.0f) - (x < 0.0f));
+  float one = x == 0.0f ? 0.0f : copysignf(1.0f, x);
+  return isnan(x) ? x : one;
 }
 
 __device__ __forceinline__ float free_update(float g, const Scalars& s) {
   if (s.free_rule == MEMOPT_NONE) return 0.0f;
   float direction = s.free_rule == MEMOPT_SIGN ? sign_of(g) : g;
   return -s.free_step * direction;
+}
+
+// Call body(update of a raw gradient), the rule and the direction being decided once for all.
+template <typename Body>
+__device__ __forceinline__ void with_free_rule(const Scalars& s, Body body) {
+  float step = s.maximize ? s.free_step : -s.free_step;
+  if (s.free_rule == MEMOPT_SIGN) {
+    body([=](float g) { return step * sign_of(g); });
+  } else if (s.free_rule == MEMOPT_SGD) {
+    body([=](float g) { return step * g; });
+  } else {
+    body([](float) { return 0.0f; });
+  }
 }
 
 // Returns the update and changes the moments.

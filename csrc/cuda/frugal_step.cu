@@ -4,9 +4,11 @@
 // One thread block steps one chunk of a segment. A thread handles 16 bytes of neighbouring elements
 // at a time, several such packs in flight, since nothing here but memory matters.
 // Elements at the ends of a segment, and tensors whose addresses or row lengths do not allow it, go
-// one by one through the same arithmetic. See launchers.h for the tables.
+// one by one through the same arithmetic. Columns and strata are in frugal_tiles.cuh, 8-bit moments
+// in frugal_quantized.cuh. See launchers.h for the tables.
 #include "frugal_math.cuh"
 #include "frugal_quantized.cuh"
+#include "frugal_tiles.cuh"
 
 namespace memopt {
 
@@ -75,23 +77,29 @@ __device__ __forceinline__ void load_moments(const Chunk<T>& c, int64_t state, F
 // Update and store a pack at i that has state everywhere (at `state`, ...) or nowhere.
 template <typename T, int kRounding, bool kFull>
 __device__ __forceinline__ void finish_pack(const Chunk<T>& c, int i, int64_t state, Flight<T>& f) {
+  if constexpr (kFull) {
 #pragma unroll
-  for (int j = 0; j < kWidth<T>; ++j) {
-    float gradient = to_float(f.g.value[j]);
-    if (c.s.maximize) gradient = -gradient;
-    float update;
-    if constexpr (kFull) {
+    for (int j = 0; j < kWidth<T>; ++j) {
+      float gradient = to_float(f.g.value[j]);
+      if (c.s.maximize) gradient = -gradient;
       float mean = to_float(f.m.value[j]);
       float square = c.has_second ? to_float(f.v.value[j]) : 0.0f;
-      update = full_update(gradient, mean, square, c.s);
+      float update = full_update(gradient, mean, square, c.s);
       uint64_t slot = state + j - c.origin;
       f.m.value[j] = round_moment<T, kRounding>(mean, 0, c.tag, slot, c.s);
       f.v.value[j] = round_moment<T, kRounding>(square, 1, c.tag, slot, c.s);
-    } else {
-      update = free_update(gradient, c.s);
+      apply_rounded<T, kRounding>(f.w.value[j], f.comp.value[j], update, c.s, c.tag,
+                                  c.element + i + j);
     }
-    apply_rounded<T, kRounding>(f.w.value[j], f.comp.value[j], update, c.s, c.tag,
-                                c.element + i + j);
+  } else {
+    with_free_rule(c.s, [&](auto free_rule) {
+#pragma unroll
+      for (int j = 0; j < kWidth<T>; ++j) {
+        float update = free_rule(to_float(f.g.value[j]));
+        apply_rounded<T, kRounding>(f.w.value[j], f.comp.value[j], update, c.s, c.tag,
+                                    c.element + i + j);
+      }
+    });
   }
   store_pack(c.weight + i, f.w);
   if constexpr (kRounding == MEMOPT_KAHAN) store_pack(c.compensation + i, f.comp);
@@ -120,54 +128,6 @@ __device__ __forceinline__ void step_run(const Chunk<T>& c, int first, int stop,
   }
 }
 
-// Call step(i, flight) for the thread's packs below `stop`, the next one's weights on their way.
-template <typename T, int kRounding, typename Step>
-__device__ __forceinline__ void for_packs(const Chunk<T>& c, int stop, Step step) {
-  Flight<T> now, next;
-  int i = threadIdx.x * kWidth<T>;
-  if (i < stop) load_weights<T, kRounding>(c, i, now);
-  for (; i < stop; i += kStride<T>) {
-    if (i + kStride<T> < stop) load_weights<T, kRounding>(c, i + kStride<T>, next);
-    step(i, now);
-    now = next;
-  }
-}
-
-// A pack of elements at i; those whose bit is set in `bits` have state at `state`, `state` + 1, ...
-template <typename T, int kRounding>
-__device__ __forceinline__ void step_mixed(const Chunk<T>& c, int i, uint32_t bits, int64_t state,
-                                           Flight<T>& f) {
-  float m[kWidth<T>], v[kWidth<T>];
-#pragma unroll
-  for (int j = 0; j < kWidth<T>; ++j) {  // all loads before any use
-    m[j] = v[j] = 0.0f;
-    if (bits >> j & 1) {
-      int64_t at = state + __popc(bits & ((1u << j) - 1));
-      m[j] = to_float(c.moment[0][at]);
-      if (c.has_second) v[j] = to_float(c.moment[1][at]);
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < kWidth<T>; ++j) {
-    float gradient = to_float(f.g.value[j]);
-    if (c.s.maximize) gradient = -gradient;
-    float update;
-    if (bits >> j & 1) {
-      int64_t at = state + __popc(bits & ((1u << j) - 1));
-      update = full_update(gradient, m[j], v[j], c.s);
-      uint64_t slot = at - c.origin;
-      c.moment[0][at] = round_moment<T, kRounding>(m[j], 0, c.tag, slot, c.s);
-      if (c.has_second) c.moment[1][at] = round_moment<T, kRounding>(v[j], 1, c.tag, slot, c.s);
-    } else {
-      update = free_update(gradient, c.s);
-    }
-    apply_rounded<T, kRounding>(f.w.value[j], f.comp.value[j], update, c.s, c.tag,
-                                c.element + i + j);
-  }
-  store_pack(c.weight + i, f.w);
-  if constexpr (kRounding == MEMOPT_KAHAN) store_pack(c.compensation + i, f.comp);
-}
-
 // Elements of one kind in a row; `state` is the arena position of the chunk's first element.
 template <typename T, int kRounding, bool kFull>
 __device__ void run_uniform(const Chunk<T>& c, bool aligned, int64_t state) {
@@ -185,115 +145,50 @@ __device__ void run_uniform(const Chunk<T>& c, bool aligned, int64_t state) {
   }
 }
 
-template <typename T, int kRounding>
-__device__ void run_columns(const Chunk<T>& c, bool aligned, int64_t state, uint64_t columns,
-                            uint64_t chosen, const int2* words) {
-  uint64_t row0 = c.element / columns;
-  uint32_t column0 = static_cast<uint32_t>(c.element - row0 * columns);
-  uint32_t width = static_cast<uint32_t>(columns);
-  bool vectors = aligned && columns % kWidth<T> == 0;
-  int stop = vectors ? c.size / kWidth<T> * kWidth<T> : 0;
-  for_packs<T, kRounding>(c, stop, [&](int i, Flight<T>& flight) {
-    uint32_t offset = column0 + i, row = offset / width, column = offset - row * width;
-    int2 word = __ldg(words + column / 32);
-    uint32_t shift = column & 31, mask = static_cast<uint32_t>(word.x);
-    int64_t at = state + (row0 + row) * chosen + word.y + __popc(mask & ((1u << shift) - 1));
-    step_mixed<T, kRounding>(c, i, mask >> shift & ((1u << kWidth<T>) - 1), at, flight);
-  });
-  for (int i = stop + threadIdx.x; i < c.size; i += kThreads) {
-    uint32_t offset = column0 + i, row = offset / width, column = offset - row * width;
-    int2 word = __ldg(words + column / 32);
-    uint32_t shift = column & 31, mask = static_cast<uint32_t>(word.x);
-    int64_t at = state + (row0 + row) * chosen + word.y + __popc(mask & ((1u << shift) - 1));
-    step_one<T, kRounding>(c, i, mask >> shift & 1 ? at : -1);
-  }
-}
+// What a row's state is to an element: its arena position, -1 without state.
+struct RowSlots {
+  int64_t state;
+  uint64_t first_row;
+  uint32_t first_column, width;
+  const int32_t* slots;
 
-template <typename T, int kRounding>
-__device__ void run_rows(const Chunk<T>& c, bool aligned, int64_t state, uint64_t columns,
-                         const int32_t* slots) {
-  uint64_t row0 = c.element / columns;
-  uint64_t column0 = c.element - row0 * columns;
-  bool vectors = aligned && columns % kWidth<T> == 0 && aligned16(c.moment[0] + state) &&
-                 (!c.has_second || aligned16(c.moment[1] + state));
-  int stop = vectors ? c.size / kWidth<T> * kWidth<T> : 0;
-  for_packs<T, kRounding>(c, stop, [&](int i, Flight<T>& flight) {
-    uint64_t row = (column0 + i) / columns, column = column0 + i - row * columns;
-    int32_t slot = __ldg(slots + row0 + row);
-    if (slot < 0) {
-      finish_pack<T, kRounding, false>(c, i, 0, flight);
-      return;
-    }
-    int64_t at = state + static_cast<int64_t>(slot * columns + column);
-    load_moments(c, at, flight);
-    finish_pack<T, kRounding, true>(c, i, at, flight);
-  });
-  for (int i = stop + threadIdx.x; i < c.size; i += kThreads) {
-    uint64_t row = (column0 + i) / columns, column = column0 + i - row * columns;
-    int32_t slot = __ldg(slots + row0 + row);
-    int64_t at = state + static_cast<int64_t>(slot * static_cast<int64_t>(columns) + column);
-    step_one<T, kRounding>(c, i, slot < 0 ? -1 : at);
-  }
-}
-
-// The strata of memopt/optim/selections/coordinates.py: begin(j) = floor((j N + u) / k).
-struct Strata {
-  uint64_t size, count, offset, step, rest;
-  uint32_t key_low, key_high;
-  uint64_t stratum, begin, next, remainder;
-
-  __device__ Strata(uint64_t n, uint64_t k, uint64_t key, uint64_t u)
-      : size(n), count(k), offset(u), step(n / k), rest(n % k),
-        key_low(static_cast<uint32_t>(key)), key_high(static_cast<uint32_t>(key >> 32)) {}
-
-  // Go to the stratum that holds an element.
-  __device__ void seek(uint64_t element) {
-    uint64_t reach = (element + 1) * count;
-    stratum = reach > offset ? (reach - offset - 1) / size : 0;
-    uint64_t position = stratum * size + offset;
-    begin = position / count;
-    remainder = position - begin * count;
-    set_next();
-    if (stratum == 0) begin = 0;
-  }
-  __device__ void set_next() {
-    next = (stratum ? begin : offset / count) + step + (remainder + rest >= count ? 1 : 0);
-    if (stratum + 1 == count) next = size;
-  }
-  __device__ void advance() {
-    remainder += rest;
-    if (remainder >= count) remainder -= count;
-    begin = next;
-    ++stratum;
-    set_next();
-  }
-  __device__ uint64_t pick() const {
-    uint64_t chance = random_bits(key_low, key_high, stratum);
-    return begin + (chance * (next - begin) >> 32);
+  __device__ int64_t at(int i) const {
+    uint32_t offset = first_column + i, row = offset / width, column = offset - row * width;
+    int32_t slot = __ldg(slots + first_row + row);
+    return slot < 0 ? -1 : state + static_cast<int64_t>(slot) * width + column;
   }
 };
 
+// A pack's weights, and its moments where it has any.
 template <typename T, int kRounding>
-__device__ void run_strata(const Chunk<T>& c, bool aligned, int64_t state, Strata strata) {
-  int stop = aligned ? c.size / kWidth<T> * kWidth<T> : 0;
-  for_packs<T, kRounding>(c, stop, [&](int i, Flight<T>& flight) {
-    uint64_t element = c.element + i;
-    uint32_t bits = 0;
-    int64_t first = -1;
-    for (strata.seek(element);; strata.advance()) {
-      uint64_t pick = strata.pick();
-      if (pick >= element && pick < element + kWidth<T>) {
-        if (first < 0) first = strata.stratum;
-        bits |= 1u << (pick - element);
-      }
-      if (strata.next >= element + kWidth<T> || strata.next >= strata.size) break;
+__device__ __forceinline__ int64_t load_row(const Chunk<T>& c, int i, const RowSlots& rows,
+                                            Flight<T>& f) {
+  int64_t at = rows.at(i);
+  load_weights<T, kRounding>(c, i, f);
+  if (at >= 0) load_moments(c, at, f);
+  return at;
+}
+
+template <typename T, int kRounding>
+__device__ void run_rows(const Chunk<T>& c, bool aligned, const RowSlots& rows) {
+  bool vectors = aligned && rows.width % kWidth<T> == 0 && aligned16(c.moment[0] + rows.state) &&
+                 (!c.has_second || aligned16(c.moment[1] + rows.state));
+  int stop = vectors ? c.size / kWidth<T> * kWidth<T> : 0;
+  Flight<T> now, next;
+  int i = threadIdx.x * kWidth<T>;
+  int64_t at = i < stop ? load_row<T, kRounding>(c, i, rows, now) : -1, after = -1;
+  for (; i < stop; i += kStride<T>) {  // the next pack is on its way while this one is updated
+    if (i + kStride<T> < stop) after = load_row<T, kRounding>(c, i + kStride<T>, rows, next);
+    if (at < 0) {
+      finish_pack<T, kRounding, false>(c, i, 0, now);
+    } else {
+      finish_pack<T, kRounding, true>(c, i, at, now);
     }
-    step_mixed<T, kRounding>(c, i, bits, state + first, flight);
-  });
-  for (int i = stop + threadIdx.x; i < c.size; i += kThreads) {
-    strata.seek(c.element + i);
-    bool chosen = strata.pick() == c.element + i;
-    step_one<T, kRounding>(c, i, chosen ? state + static_cast<int64_t>(strata.stratum) : -1);
+    now = next;
+    at = after;
+  }
+  for (i = stop + threadIdx.x; i < c.size; i += kThreads) {
+    step_one<T, kRounding>(c, i, rows.at(i));
   }
 }
 
@@ -372,16 +267,20 @@ __global__ void __launch_bounds__(kThreads, kLayout == kRuns && kRounding == MEM
     run_quantized<T, kRounding>(c, launch, aligned, state + (slots ? 0 : distance), a, slots);
   }
   if constexpr (kLayout == kIndexed) {
+    __shared__ Exchange<T, kRounding> tiles[kThreads / 32];
     if (kind == MEMOPT_SEGMENT_FULL) {
       run_uniform<T, kRounding, true>(c, aligned, state + distance);
     } else if (kind == MEMOPT_SEGMENT_COLUMNS) {
       const int2* words = reinterpret_cast<const int2*>(launch.index + key);
-      run_columns<T, kRounding>(c, aligned, state, a, b, words);
+      run_tiles<T, kRounding>(c, aligned, tiles[threadIdx.x / 32], ColumnSlots(state, a, b, words));
     } else if (kind == MEMOPT_SEGMENT_ROWS) {
-      run_rows<T, kRounding>(c, aligned, state, a, launch.index + key);
+      uint64_t row = c.element / a;
+      uint32_t column = static_cast<uint32_t>(c.element - row * a);
+      RowSlots rows{state, row, column, static_cast<uint32_t>(a), launch.index + key};
+      run_rows<T, kRounding>(c, aligned, rows);
     } else {
-      Strata strata(a, b, key, __ldg(f + MEMOPT_FIELD_OFFSET));
-      run_strata<T, kRounding>(c, aligned, state, strata);
+      StrataSlots strata(state, a, b, key, __ldg(f + MEMOPT_FIELD_OFFSET));
+      run_tiles<T, kRounding>(c, aligned, tiles[threadIdx.x / 32], strata);
     }
   }
 }

@@ -6,8 +6,8 @@
  * to the device; what changes at a switch lies in device memory:
  *   segments  int64 [S][MEMOPT_FRUGAL_FIELDS], runs of elements of one kind, see memopt_frugal_field
  *   chunks    int32 [C], the segment of every chunk of MEMOPT_FRUGAL_CHUNK elements
- *   index     int32, per tensor: for columns, (mask, rank) for every 32 columns; for rows, the slot
- *             of every row or -1
+ *   index     int32, per tensor: for columns, (mask, rank) for every 32 columns, then the numbers of
+ *             the chosen ones; for rows, the slot of every row or -1
  */
 #pragma once
 

@@ -82,7 +82,8 @@ def make_tables(bucket: Bucket, indices: Sequence[int], *, split: bool) -> Table
         entry = bucket.entries[i]
         index_at.append(words)
         if entry.selection.needs_matrix:
-            words += max(entry.rows, 2 * -(-entry.columns // 32))
+            # rows: a slot each; columns: mask and rank of every 32, then the chosen ones' numbers
+            words += max(entry.rows, 2 * -(-entry.columns // 32) + entry.columns)
             words += words % 2  # masks and ranks are read as pairs
     indexed = any(bucket.entries[i].selection.name != "blocks" for i in indices)
     device = bucket.device
@@ -182,7 +183,10 @@ def _chosen(bucket: Bucket, i: int) -> Tensor:
 
 
 def _column_words(chosen: Tensor, size: int) -> Tensor:
-    """Return int32 (tensors, 2 * words): for every 32 columns a bit mask and the rank before it."""
+    """Return int32 (tensors, 2 * words + chosen).
+
+    For every 32 columns a bit mask and the rank before it; then the chosen columns' numbers.
+    """
     tensors, words = chosen.shape[0], -(-size // 32)
     flags = torch.zeros(tensors, words * 32, dtype=torch.int64, device=chosen.device)
     flags.scatter_(1, chosen, 1)
@@ -192,7 +196,8 @@ def _column_words(chosen: Tensor, size: int) -> Tensor:
     masks = torch.where(masks >= 2**31, masks - 2**32, masks)
     counts = flags.sum(dim=2)
     ranks = counts.cumsum(dim=1) - counts
-    return torch.stack([masks, ranks], dim=2).view(tensors, 2 * words).to(torch.int32)
+    pairs = torch.stack([masks, ranks], dim=2).view(tensors, 2 * words)
+    return torch.cat([pairs, chosen], dim=1).to(torch.int32)
 
 
 def _row_slots(chosen: Tensor, size: int) -> Tensor:

@@ -16,6 +16,9 @@ SHAPES = [
     (3000, 64),
     (1,),
     (512, 256),
+    (700, 3),
+    (5, 9000),
+    (2, 40000),
 ]
 
 
@@ -38,8 +41,9 @@ def against_reference(dtype=torch.float32, steps=8, **settings):
     sides = []
     for impl in ("native", "reference"):
         params = make_params(dtype)
-        sides.append((params, Frugal(params, lr=1e-2, weight_decay=0.1, update_gap=3, density=0.3,
-                                     impl=impl, **settings)))  # fmt: skip
+        chosen = {"density": 0.3, **settings}
+        sides.append((params, Frugal(params, lr=1e-2, weight_decay=0.1, update_gap=3, impl=impl,
+                                     **chosen)))  # fmt: skip
     generator = torch.Generator(device="cuda").manual_seed(5)
     worst, different, total = 0.0, 0, 0
     for _ in range(steps):
@@ -166,6 +170,9 @@ def run_all():
                     selection=selection, state_full=full, state_free=free, on_switch=on_switch
                 )
                 record(f"{selection}/{full}/{free}/{on_switch}", worst, worst <= 1e-6)
+        for density in (0.03, 0.9):
+            worst, _ = against_reference(selection=selection, density=density, maximize=True)
+            record(f"{selection}/density {density}", worst, worst <= 1e-6)
         for rounding in ("stochastic", "kahan"):
             worst, share = against_reference(torch.bfloat16, selection=selection, rounding=rounding)
             record(f"{selection}/bf16/{rounding}", [worst, share], worst <= 2**-7 and share < 0.01)
