@@ -59,8 +59,7 @@ def summary(results: dict[str, Any], grid_share: float) -> dict[str, Any]:
         found[size] = {
             "methods": rows, "claim": CLAIM, "gap_closed_by_seed": _gap_closed(by_method),
         }  # fmt: skip
-        closed = list(found[size]["gap_closed_by_seed"].values())
-        found[size]["gap_closed"] = statistics.fmean(closed) if closed else None
+        found[size]["gap_closed"] = _mean_gap_closed(by_method, found[size]["gap_closed_by_seed"])
         found[size]["text_digests"] = sorted(
             {run["text_digest"] for group in by_method.values() for run in group}
         )
@@ -86,6 +85,17 @@ def _gap_closed(by_method: dict[str, list[Run]]) -> dict[str, float]:
     adamw, galore, frugal = (losses[name] for name in ("AdamW", "GaLore 0.25", "FRUGAL 0.25"))
     seeds = sorted(adamw.keys() & galore.keys() & frugal.keys())
     return {str(s): (galore[s] - frugal[s]) / (galore[s] - adamw[s]) for s in seeds}
+
+
+def _mean_gap_closed(by_method: dict[str, list[Run]], seeds: dict[str, float]) -> float | None:
+    """Return the share of the mean gap over these seeds, as single gaps may be near zero."""
+    if not seeds:
+        return None
+    galore, frugal, adamw = (
+        statistics.fmean(run["loss"] for run in by_method[name] if str(run["seed"]) in seeds)
+        for name in ("GaLore 0.25", "FRUGAL 0.25", "AdamW")
+    )
+    return (galore - frugal) / (galore - adamw)
 
 
 def _row(group: list[Run], grid: dict[str, float]) -> dict[str, Any]:
