@@ -1,12 +1,13 @@
 """From a trace to the plan in force, and from what a planned step showed to a better one.
 
-The traced step is a poor clock: kernels compile in it, and nothing overlaps. So the third step,
-the first without either, corrects the trace once, and the plan follows.
+The traced step is a poor clock: kernels compile in it, and nothing overlaps. So the first step
+without either, in which no host memory is being locked, corrects the trace once, and the plan
+follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from torch.nn import Module
 
 from memopt._resources import Resources
 from memopt.plan import predict, solve_greedy, uniform_plan
+from memopt.trace.calibrate import recalibrated
 from memopt.types.errors import ConfigError
 from memopt.types.hardware import Hardware
 from memopt.types.plan import Placement, Plan, Prediction, RegionPlan
-from memopt.types.trace import OpTrace, RegionTrace, StepTrace
+from memopt.types.trace import RegionTimes, StepTrace
 
 _UNIFORM = ("recompute", "host", "ssd", "device")
 _SLOP_BYTES = 1 << 20
@@ -104,27 +106,21 @@ class Planner:
         )
         return True
 
-    def calibrate(self, plan: Plan, step_s: float, exposed_s: float) -> None:
-        """Correct the trace's times by a step that ran under `plan`.
+    def calibrate(
+        self, plan: Plan, step_s: float, exposed_s: float, times: Mapping[str, RegionTimes]
+    ) -> None:
+        """Correct the trace by a step that ran under `plan`: its regions' times, and the link's rate.
 
-        What the traced step took outside regions (where kernels compiled) absorbs the difference;
-        what is left scales every time.
+        Args:
+            plan: in force in that step.
+            step_s: its time.
+            exposed_s: how long compute waited for transfers in it.
+            times: of its regions, waits taken off.
         """
         if self._hardware is None or step_s <= 0.0:
             return
-        predicted = self._predict(plan)
-        self._slow_down_link(predicted, exposed_s)
-        computed = predicted.step_s - predicted.exposed_s
-        surplus = computed - max(0.0, step_s - exposed_s)
-        trace = self.trace
-        micro = max(1, trace.num_micro_batches)
-        inside = sum(r.forward_s + r.recompute_s + r.backward_s for r in trace.regions) * micro
-        outside = max(0.0, trace.forward_s + trace.backward_s - inside)
-        absorbed = min(max(surplus, -step_s), outside)
-        trace = replace(trace, forward_s=trace.forward_s - absorbed)
-        left = computed - absorbed
-        factor = (step_s - exposed_s) / left if left > 0.0 and step_s > exposed_s else 1.0
-        self.trace = _scaled(trace, factor)
+        self.trace = recalibrated(self.trace, plan, max(0.0, step_s - exposed_s), times)
+        self._slow_down_link(self._predict(plan), exposed_s)
 
     def _slow_down_link(self, predicted: Prediction, exposed_s: float) -> None:
         """Where transfers held compute up longer than predicted, the link is slower than probed.
@@ -144,27 +140,3 @@ class Planner:
             h2d_bytes_per_s=hardware.h2d_bytes_per_s * factor,
             source=f"{hardware.source}, times {factor:.2f} as a step showed",
         )
-
-
-def _scaled(trace: StepTrace, factor: float) -> StepTrace:
-    return replace(
-        trace,
-        forward_s=trace.forward_s * factor,
-        backward_s=trace.backward_s * factor,
-        optimizer_s=trace.optimizer_s * factor,
-        regions=tuple(_scaled_region(r, factor) for r in trace.regions),
-    )
-
-
-def _scaled_region(region: RegionTrace, factor: float) -> RegionTrace:
-    return replace(
-        region,
-        forward_s=region.forward_s * factor,
-        recompute_s=region.recompute_s * factor,
-        backward_s=region.backward_s * factor,
-        ops=tuple(_scaled_op(op, factor) for op in region.ops),
-    )
-
-
-def _scaled_op(op: OpTrace, factor: float) -> OpTrace:
-    return replace(op, time_s=op.time_s * factor)

@@ -20,6 +20,7 @@ import torch
 from torch.nn import Module
 
 from memopt._planning import Planner, first_plan, read_plan
+from memopt._replanning import Replanning
 from memopt._reporting import make_report
 from memopt._resources import Resources, open_resources
 from memopt._steps import Steps
@@ -37,9 +38,6 @@ from memopt.types.plan import Plan
 from memopt.types.trace import StepTrace
 
 EngineChoice = Literal["auto", "io_uring", "threads"]
-_CALIBRATES_FROM = 2
-"""Steps before the one that may correct the trace: one is traced, one more may compile kernels."""
-
 _OUT_OF_MEMORY = (
     "out of device memory inside memopt's budget: raise the device budget, run a smaller batch or "
     "sequence, or try plan='recompute' and the smaller of the two peaks above; something beside "
@@ -88,16 +86,13 @@ class Session:
         self.optimizer = optimizer
         self.settings = settings
         self.notes: list[str] = []
-        self._planner: Planner | None = None
-        self._calibrated = False
-        self._clean_from: int | None = None
+        self._replanning = Replanning()
         self._num_roots_open = 0
         self._asked_plan = read_plan(settings.plan)
         self._regions = find_regions(model, settings.regions)
         self._resources: Resources | None = None
         self._engine: ActivationEngine | None = None
         self._exit = contextlib.ExitStack()
-        self._next_plan: Plan | None = None
         self._observer: RegionObserver | None = None
         self._report: RunReport | None = None
         self._hooks: OutsideHooks | None = None
@@ -186,13 +181,14 @@ class Session:
     @property
     def trace(self) -> StepTrace | None:
         """The traced step, its times corrected by later ones; None before the first step ended."""
-        return self._planner.trace if self._planner is not None else None
+        planner = self._replanning.planner
+        return planner.trace if planner is not None else None
 
     @property
     def plan(self) -> Plan:
         """The plan in force."""
         assert self._engine is not None, "the session has not started"
-        return self._next_plan or self._engine.plan
+        return self._replanning.next_plan or self._engine.plan
 
     @property
     def budget(self) -> ResolvedBudget:
@@ -233,7 +229,7 @@ class Session:
         assert self._resources is not None
         if self.optimizer is None and self._steps.saw_backward:
             self._end_step()
-        self._update_plan(self._engine, self._resources)
+        self._replanning.at_root(self._engine, self._resources, self._steps)
         self._engine.begin_root()
         if self._observer is not None:
             self._observer.begin_root()
@@ -268,6 +264,8 @@ class Session:
     def _before_step(self, *_: Any) -> None:
         if self._observer is not None:
             self._observer.close_backward()
+        if self._engine is not None and self._engine.clock is not None:
+            self._engine.clock.backward_ends()
         self._steps.begin_optimizer()
 
     def _after_step(self, *_: Any) -> None:
@@ -294,33 +292,10 @@ class Session:
             engine.fragile = observer.fragile()
             engine.written_inputs = observer.written_inputs()
             trace = self._steps.trace(observer, resources.device.type)
-            self._planner = Planner(trace, self._asked_plan, resources, exact=self.settings.exact)
+            planner = Planner(trace, self._asked_plan, resources, exact=self.settings.exact)
+            self._replanning.begin(planner)
             self._note_unseen(observer)
-            self._next_plan = self._planner.plan()
         self._steps.end_step()
-
-    def _update_plan(self, engine: ActivationEngine, resources: Resources) -> None:
-        """Put a new plan in force, made now where this step shows what the trace could not."""
-        planner = self._planner
-        if planner is None or engine.has_live_frames:
-            return
-        stale = planner.sees_gradients(self._steps.grad_bytes())
-        num_steps = self._steps.num_steps
-        if self._clean_from is not None and num_steps > self._clean_from:
-            planner.calibrate(
-                engine.plan, *self._steps.last_step(resources.transfers.moved.exposed_s)
-            )
-            self._clean_from, self._calibrated, stale = None, True, True
-        if stale:
-            self._next_plan = planner.plan()
-        if self._next_plan is not None:
-            engine.use(self._next_plan)
-            resources.prepare(self._next_plan, planner.trace)
-            self._next_plan = self._clean_from = None
-        undisturbed = num_steps >= _CALIBRATES_FROM and not resources.is_locking
-        if undisturbed and not (self._calibrated or self._steps.begun):
-            self._clean_from = num_steps
-            self._steps.exposed_before = resources.transfers.moved.exposed_s
 
     def _note_unseen(self, observer: RegionObserver) -> None:
         fragile = observer.fragile()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memopt.activations.chain import Chain, open_chain
 from memopt.activations.spill import SpillArea
 from memopt.activations.stored import Label, Stored
 from memopt.activations.tensors import flat_elements, nbytes_of, shared_alias
@@ -85,6 +86,8 @@ class CudaTransfers:
         self.moved = Moved()
         self.window_bytes = window_bytes
         self.spill = spill
+        self.chain, self.chain_reason = self._open_chain(device, spill)
+        """The native way to SSD, or None and why transfers are driven from Python ("": there is no SSD)."""
         self.out_stream = torch.cuda.Stream(device)
         self.in_stream = torch.cuda.Stream(device)
         self._outgoing: deque[Outgoing] = deque()
@@ -92,14 +95,25 @@ class CudaTransfers:
         self._waits: deque[tuple[Any, Any, str]] = deque()
         self.exposed_by: dict[str, float] = {}
 
+    @staticmethod
+    def _open_chain(device: torch.device, spill: SpillArea | None) -> tuple[Chain | None, str]:
+        if spill is None:
+            return None, ""
+        return open_chain(device, spill.store, spill.staging.cap_bytes)
+
     def store(
         self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool, wait: bool
     ) -> Stored | None:
         """Start the copy out; see the protocol."""
-        if placement == "ssd":
+        stored: Stored | None
+        if placement == "ssd" and self.chain is not None:
+            from memopt.activations.chain_stored import ChainStored
+
+            stored = ChainStored.begin(tensor, self, label, clone=clone_first)
+        elif placement == "ssd":
             from memopt.activations.cuda_spill import CudaSpillStored
 
-            stored: Stored | None = CudaSpillStored.begin(tensor, self, label, clone=clone_first)
+            stored = CudaSpillStored.begin(tensor, self, label, clone=clone_first)
         else:
             buffer = self.host.try_take(nbytes_of(tensor), wait=wait)
             stored = None
@@ -115,17 +129,24 @@ class CudaTransfers:
 
     def copy_out(self, source: Tensor, buffer: HostBuffer, label: Label) -> Outgoing:
         """Copy `source` into `buffer` on the outgoing stream, inside the window."""
-        nbytes = nbytes_of(source)
+        with torch.cuda.stream(self.begin_out(nbytes_of(source))):
+            host = buffer.tensor(source.dtype, (source.numel(),))
+            host.copy_(flat_elements(source), non_blocking=True)
+        return self.end_out(source, label)
+
+    def begin_out(self, nbytes: int) -> torch.cuda.Stream:
+        """Make room in the window; return the outgoing stream, ordered behind what the program asked so far."""
         while self._outgoing and self._outgoing_bytes + nbytes > self.window_bytes:
             self._retire(self._outgoing.popleft(), "window")
         self.out_stream.wait_event(torch.cuda.current_stream(self.device).record_event())
-        with torch.cuda.stream(self.out_stream):
-            host = buffer.tensor(source.dtype, (source.numel(),))
-            host.copy_(flat_elements(source), non_blocking=True)
-            outgoing = Outgoing(source, self.out_stream.record_event(), label)
+        return self.out_stream
+
+    def end_out(self, source: Tensor, label: Label) -> Outgoing:
+        """Hold `source` until the copies queued for it since `begin_out` have read it."""
+        outgoing = Outgoing(source, self.out_stream.record_event(), label)
         self._outgoing.append(outgoing)
-        self._outgoing_bytes += nbytes
-        self.moved.d2h_bytes += nbytes
+        self._outgoing_bytes += outgoing.nbytes
+        self.moved.d2h_bytes += outgoing.nbytes
         return outgoing
 
     def copy_in(self, shape: Any, stride: Any, buffer: HostBuffer, dtype: torch.dtype) -> Landing:
@@ -151,6 +172,8 @@ class CudaTransfers:
         compute.wait_event(event)
         after.record(compute)
         self._waits.append((before, after, cause))
+        if self.moved.on_wait is not None:
+            self.moved.on_wait(before, after)
 
     def protect(self, outgoing: Outgoing) -> None:
         """The program writes to the source next: the compute stream waits for the copy out."""
@@ -177,11 +200,16 @@ class CudaTransfers:
             self.exposed_by[cause] = self.exposed_by.get(cause, 0.0) + seconds
         if self.spill is not None:
             self.spill.poll()
+        if self.chain is not None:
+            self.chain.poll()
+            self.chain.pump()
 
     def finish(self) -> None:
         """Wait for every copy and write."""
         self.out_stream.synchronize()
         self.in_stream.synchronize()
+        if self.chain is not None:
+            self.chain.synchronize()
         self.poll()
         if self.spill is not None:
             self.spill.finish()
@@ -207,6 +235,8 @@ class CudaTransfers:
             self._outgoing.clear()
             torch.cuda.synchronize(self.device)
             self.host.close()
+            if self.chain is not None:
+                self.chain.close()
             if self.spill is not None:
                 self.spill.close()
 

@@ -17,6 +17,7 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from memopt.activations.clock import RegionClock
 from memopt.activations.contexts import ForwardContext, RecomputeContext
 from memopt.activations.frame import Frame, InputSlot, PreImage, RngState
 from memopt.activations.modes import MIN_MOVE_BYTES, ForwardMode
@@ -69,6 +70,7 @@ class ActivationEngine:
         self.transfers = transfers
         self.strict = strict
         self.observer: Observer | None = None
+        self.clock: RegionClock | None = None
         self.on_recompute: Callable[[], None] | None = None
         self.on_call: Callable[[], None] | None = None
         self.fragile: dict[str, frozenset[int]] = {}
@@ -139,6 +141,11 @@ class ActivationEngine:
         self._num_calls.clear()
         self._shared.clear()
         self.transfers.poll()
+
+    def time_regions(self, clock: RegionClock | None) -> None:
+        """Time the regions of the step that begins; None: stop."""
+        self.clock = clock
+        self.transfers.moved.on_wait = clock.waited if clock is not None else None
 
     # - A region call
 
@@ -265,6 +272,8 @@ class ActivationEngine:
 
     def forward_mode(self, frame: Frame) -> ForwardMode:
         """Return the mode for this call."""
+        if self.clock is not None:
+            self.clock.forward_begins(frame.name)
         if self.observer is not None:
             return self.observer.forward_mode(frame, self)
         placements = self._placements.get(frame.name, {})
@@ -281,6 +290,8 @@ class ActivationEngine:
 
     def forward_ended(self, frame: Frame, mode: Any) -> None:
         """Free what has arrived meanwhile."""
+        if self.clock is not None:
+            self.clock.forward_ends()
         if self.observer is not None:
             self.observer.forward_ended(frame, mode)
         self._watch(frame)
@@ -305,6 +316,8 @@ class ActivationEngine:
         """Fetch what this region waits for, then what backward will ask for next."""
         if self.observer is not None:
             self.observer.recompute_begins(frame)
+        if self.clock is not None:
+            self.clock.recompute_begins(frame.name)
         if self.on_recompute is not None:
             self.on_recompute()
         if self.closed:
@@ -327,7 +340,9 @@ class ActivationEngine:
             stored.prefetch()
 
     def recompute_ended(self, frame: Frame) -> None:
-        """Tell the observer."""
+        """Tell the observer and the clock."""
+        if self.clock is not None:
+            self.clock.recompute_ends(frame.name)
         if self.observer is not None:
             self.observer.recompute_ended(frame)
 

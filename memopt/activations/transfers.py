@@ -7,8 +7,10 @@ exact. On a CPU the device is host memory, so the only other place is SSD.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +33,15 @@ class Moved:
     """Tensors that the budget of their place had no room for."""
     num_early: int = 0
     """Tensors that came while the host memory for them was still being locked."""
+    on_wait: Callable[[Any, Any], None] | None = None
+    """Called with two marks of the device's time between which compute waits."""
+
+    def waited_on_cpu(self, begin_s: float) -> None:
+        """Count the time since `begin_s`, on the process's clock, as a wait of compute."""
+        end_s = time.perf_counter()
+        self.exposed_s += end_s - begin_s
+        if self.on_wait is not None:
+            self.on_wait(begin_s, end_s)
 
 
 class Transfers(Protocol):
@@ -89,7 +100,9 @@ class CpuTransfers:
         assert placement == "ssd", "without CUDA the device is host memory"
         if self.spill is None:
             return None
+        begin_s = time.perf_counter()
         stored = SpillStored.from_cpu(tensor, self.spill, label, self.moved)
+        self.moved.waited_on_cpu(begin_s)
         if stored is None:
             self.moved.num_refused += 1
         return stored

@@ -72,6 +72,26 @@ class RegionTrace:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RegionTimes:
+    """Seconds of one region in a planned step, waits for transfers taken off.
+
+    Args:
+        forward_s: its forward.
+        rerun_s: the recompute that the plan left.
+        backward_s: its backward, from the recompute's end to the next region's begin.
+    """
+
+    forward_s: float
+    rerun_s: float
+    backward_s: float
+
+    @property
+    def total_s(self) -> float:
+        """All three."""
+        return self.forward_s + self.rerun_s + self.backward_s
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepTrace:
     """One traced step of a model on one batch shape.
 

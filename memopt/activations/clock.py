@@ -1,0 +1,111 @@
+"""Region times of a planned step, clean of waits.
+
+The traced step is a poor clock: it digests tensors, kernels compile in it, memory is mapped in it.
+So one later step is timed at region boundaries, which costs an event each, and corrects the trace.
+What compute waited for transfers is taken off the phase it fell into: the planner counts waits by
+itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from memopt.memory.meter import Meter
+from memopt.types.trace import RegionTimes
+
+
+@dataclass(eq=False)
+class _Phase:
+    """One phase of one call: two marks and the waits between them."""
+
+    begin: Any
+    end: Any = None
+    waits: list[tuple[Any, Any]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Call:
+    forward: _Phase
+    rerun: _Phase | None = None
+    backward: _Phase | None = None
+
+
+class RegionClock:
+    """Marks the phases of every region call of one step.
+
+    Args:
+        meter: the device's clock.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._calls: dict[str, list[_Call]] = {}
+        self._phase: _Phase | None = None
+
+    def forward_begins(self, name: str) -> None:
+        """A region's forward begins."""
+        phase = self._open()
+        self._calls.setdefault(name, []).append(_Call(phase))
+
+    def forward_ends(self) -> None:
+        """It returned or raised."""
+        self._close()
+
+    def recompute_begins(self, name: str) -> None:
+        """The backward of the region before is over; this one's recompute begins."""
+        self._close()
+        waiting = [c for c in self._calls.get(name, ()) if c.rerun is None]
+        if waiting:
+            waiting[-1].rerun = self._open()
+
+    def recompute_ends(self, name: str) -> None:
+        """The recompute is complete: the rest, until another region's begins, is backward."""
+        self._close()
+        running = [
+            c for c in self._calls.get(name, ()) if c.rerun is not None and c.backward is None
+        ]
+        if running:
+            running[-1].backward = self._open()
+
+    def backward_ends(self) -> None:
+        """The step's backward is over."""
+        self._close()
+
+    def waited(self, begin: Any, end: Any) -> None:
+        """Compute waited for a transfer between two marks."""
+        if self._phase is not None:
+            self._phase.waits.append((begin, end))
+
+    def times(self) -> dict[str, RegionTimes]:
+        """Return the regions whose forward and backward were both seen."""
+        found = {}
+        for name, calls in self._calls.items():
+            whole = [
+                (self._seconds(c.forward), self._seconds(c.rerun), self._seconds(c.backward))
+                for c in calls
+                if c.rerun is not None and c.backward is not None and c.backward.end is not None
+            ]
+            if whole:
+                forward_s, rerun_s, backward_s = (
+                    median(column) for column in zip(*whole, strict=True)
+                )
+                found[name] = RegionTimes(
+                    forward_s=forward_s, rerun_s=rerun_s, backward_s=backward_s
+                )
+        return found
+
+    def _open(self) -> _Phase:
+        self._phase = _Phase(self._meter.mark())
+        return self._phase
+
+    def _close(self) -> None:
+        phase, self._phase = self._phase, None
+        if phase is not None:
+            phase.end = self._meter.mark()
+
+    def _seconds(self, phase: _Phase | None) -> float:
+        assert phase is not None
+        waited = sum(self._meter.seconds(begin, end) for begin, end in phase.waits)
+        return max(0.0, self._meter.seconds(phase.begin, phase.end) - waited)

@@ -1,0 +1,129 @@
+"""Correcting a trace's times by a planned step whose regions were timed.
+
+The traced step gives bytes exactly and op times well (each op is timed by itself), but what lies
+between ops in it is not the loop's own: digests, mapped memory, compiled kernels. A planned step is
+the loop's own, but shows only what the plan left to do: from a region's rerun and the ops that were
+answered follows what a whole recompute takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import median
+
+from memopt.types.plan import Plan, RegionPlan
+from memopt.types.trace import RegionTimes, RegionTrace, StepTrace
+
+
+def recalibrated(
+    trace: StepTrace, plan: Plan, compute_s: float, times: Mapping[str, RegionTimes]
+) -> StepTrace:
+    """Return `trace` with the times that a step under `plan` showed.
+
+    Regions of one group share the median of those that were timed. Regions of a group without any
+    (all of it ran untouched) keep their proportions and are scaled as the others were.
+
+    Args:
+        trace: the step as traced.
+        plan: in force in the timed step.
+        compute_s: seconds of the timed step, waits for transfers taken off.
+        times: of its regions by name.
+    """
+    if not times or compute_s <= 0.0:
+        return trace
+    plans = {r.name: r for r in plan.regions}
+    groups: dict[str, list[RegionTrace]] = {}
+    for region in trace.regions:
+        groups.setdefault(region.group, []).append(region)
+    timed = {
+        group: _group_times([r for r in regions if r.name in times], plans, times)
+        for group, regions in groups.items()
+        if any(r.name in times for r in regions)
+    }
+    scale = _scale(trace, timed)
+    regions = tuple(_retimed(r, timed.get(r.group), scale) for r in trace.regions)
+    return _with_outside(replace(trace, regions=regions), plans, compute_s, times)
+
+
+def _group_times(
+    regions: Sequence[RegionTrace],
+    plans: Mapping[str, RegionPlan],
+    times: Mapping[str, RegionTimes],
+) -> RegionTimes:
+    """Return forward, whole recompute (as `rerun_s`) and backward of a group."""
+    return RegionTimes(
+        forward_s=median(times[r.name].forward_s for r in regions),
+        rerun_s=median(
+            _whole_recompute(r, plans.get(r.name), times[r.name].rerun_s) for r in regions
+        ),
+        backward_s=median(times[r.name].backward_s for r in regions),
+    )
+
+
+def _whole_recompute(region: RegionTrace, plan: RegionPlan | None, rerun_s: float) -> float:
+    """Return what recomputing all of a region takes, from a rerun in which some ops were answered.
+
+    Ops behind the last saved one are never run again. Where single op times add up to more than
+    the whole (gaps between ops are in them), what was answered counts by its share.
+    """
+    last = max((op.position for op in region.ops if op.saved_nbytes > 0), default=-1)
+    kept = (
+        {o.position for o in plan.ops if o.placement != "recompute"} if plan is not None else set()
+    )
+    every = sum(op.time_s for op in region.ops if op.position <= last)
+    answered = sum(op.time_s for op in region.ops if op.position <= last and op.position in kept)
+    whole = rerun_s + answered
+    if whole >= every or answered >= every:
+        return whole
+    return min(every, rerun_s / (1.0 - answered / every))
+
+
+def _scale(trace: StepTrace, timed: Mapping[str, RegionTimes]) -> float:
+    """Return by how much the timed groups were slower than traced (below 1: faster)."""
+    traced = [r for r in trace.regions if r.group in timed]
+    before = sum(r.forward_s + r.recompute_s + r.backward_s for r in traced)
+    return sum(timed[r.group].total_s for r in traced) / before if before > 0.0 else 1.0
+
+
+def _retimed(region: RegionTrace, times: RegionTimes | None, scale: float) -> RegionTrace:
+    if times is not None:
+        return replace(
+            region,
+            forward_s=times.forward_s,
+            recompute_s=times.rerun_s,
+            backward_s=times.backward_s,
+        )
+    return replace(
+        region,
+        forward_s=region.forward_s * scale,
+        recompute_s=region.recompute_s * scale,
+        backward_s=region.backward_s * scale,
+    )
+
+
+def _with_outside(
+    trace: StepTrace,
+    plans: Mapping[str, RegionPlan],
+    compute_s: float,
+    times: Mapping[str, RegionTimes],
+) -> StepTrace:
+    """Make the step's own times agree: what is not in regions is outside them, or the optimizer."""
+    micro = max(1, trace.num_micro_batches)
+    spent = 0.0
+    for region in trace.regions:
+        seen, plan = times.get(region.name), plans.get(region.name)
+        if seen is not None:
+            spent += seen.total_s
+        elif plan is not None and plan.plain:
+            spent += region.forward_s + region.backward_s
+        else:
+            spent += region.forward_s + region.recompute_s + region.backward_s
+    left = compute_s - spent * micro
+    outside_s = max(0.0, left - trace.optimizer_s)
+    return replace(
+        trace,
+        forward_s=sum(r.forward_s for r in trace.regions) * micro + outside_s,
+        backward_s=sum(r.recompute_s + r.backward_s for r in trace.regions) * micro,
+        optimizer_s=min(trace.optimizer_s, max(0.0, left)),
+    )
