@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from memopt.cli import main
+from memopt.cli.probe import format_rate, parse_directories
+from memopt.types.errors import ConfigError
+from memopt.types.hardware import Hardware
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMOPT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "spill").mkdir()
+    return tmp_path
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(main, ["probe", "--device", "cpu", *arguments])
+
+
+def test_json_is_one_document(home):
+    asked = ("--ssd", f"{home / 'spill'}:4MiB", "--engine", "threads", "--json")
+    done = run(*asked)
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    hardware = Hardware.from_dict(document["hardware"])
+    assert hardware.ssd_write_bytes_per_s == document["ssd"][0]["rates"]["write_bytes_per_s"] > 0
+    assert document["kept_in"] == str(home / "cache")
+    assert document["link_provenance"] == "measured now"
+    assert len(list((home / "cache").iterdir())) == 2
+    kept = json.loads(run(*asked).stdout)
+    assert "kept" in kept["link_provenance"]
+    assert json.loads(run(*asked, "--fresh").stdout)["link_provenance"] == "measured now"
+
+
+def test_people_get_a_table(home):
+    done = run("--ssd", f"{home / 'spill'}:4MiB", "--engine", "threads")
+    assert done.exit_code == 0, done.output
+    assert "copies in host memory" in done.output
+    assert "(threads)" in done.output
+    assert "note: nothing is page-locked without CUDA" in done.output
+
+
+def test_a_cache_that_is_off_is_told(home, monkeypatch):
+    monkeypatch.setenv("MEMOPT_CACHE", "off")
+    assert "not kept: the cache is off" in run().output
+    assert not (home / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--ssd", "/no/such/place"), "/no/such/place does not exist; create it first"),
+        (("--ssd", "/no/such/place:1GiB"), "/no/such/place does not exist; create it first"),
+        (("--ssd", "/:24G"), "unknown unit 'G'"),
+        (("--device", "tpu"), "no device"),
+        (("--device", "meta"), "there is cpu here, and"),
+        (("--device", "cuda:99"), "there is cpu here, and"),
+        (("--engine", "libaio"), "'libaio' is not one of"),
+    ],
+)
+def test_mistakes_end_with_status_2(arguments, message):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_disk_that_fails_ends_with_status_1(home, monkeypatch):
+    import memopt._probing as probing
+
+    def fail(*arguments, **more):
+        raise OSError(5, "Input/output error", "/disk")
+
+    monkeypatch.setattr(probing, "measure_disk", fail)
+    done = run("--ssd", f"{home / 'spill'}:4MiB", "--engine", "threads")
+    assert done.exit_code == 1
+    assert "Input/output error" in done.output
+
+
+def test_directories(tmp_path, monkeypatch):
+    (tmp_path / "a:b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for request, path in (("a:b", "a:b"), ("a:b:7MiB", "a:b"), (".", ".")):
+        ((found, size),) = parse_directories([request])
+        assert found == str((tmp_path / path).resolve())
+        assert size == 7 * MIB if "7MiB" in request else 0 < size <= 512 * MIB
+    with pytest.raises(ConfigError, match="given twice"):
+        parse_directories([".", "."])
+    assert parse_directories([]) == []
+
+
+@pytest.mark.parametrize(
+    ("rate", "shown"),
+    [(0.0, "-"), (55.13e9, "55.1 GB/s"), (100.6e9, "101 GB/s"), (512e6, "512 MB/s")],
+)
+def test_rates(rate, shown):
+    assert format_rate(rate) == shown
+
+
+def test_python_dash_m(home):
+    arguments = ["probe", "--device", "cpu", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "memopt", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["hardware"]["device"] == "cpu"
+    assert Path(json.loads(done.stdout)["kept_in"]).is_dir()
