@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from memopt.ops.transfer import to_device
+
 MASK32 = 0xFFFFFFFF
 _FIRST, _SECOND, _HIGH = 0x7FEB352D, 0x846CA68B, 0x9E3779B9
 
@@ -59,8 +61,8 @@ def random_bits(key: int, index: Tensor) -> Tensor:
 
 def random_subsets(keys: Sequence[int], size: int, count: int, device: torch.device) -> Tensor:
     """Return `random_subset` of every key: (len(keys), count), in a few launches for all."""
-    low = torch.tensor([key & MASK32 for key in keys], device=device).unsqueeze(1)
-    high = torch.tensor([(key >> 32) & MASK32 for key in keys], device=device).unsqueeze(1)
+    halves = [[key & MASK32 for key in keys], [(key >> 32) & MASK32 for key in keys]]
+    low, high = to_device(halves, torch.int64, device).unsqueeze(2)
     position = torch.arange(size, device=device)
     rank = _mix32_tensor(_mix32_tensor(position.bitwise_xor(low)).bitwise_xor_(high))
     rank = rank.bitwise_right_shift_(1).bitwise_left_shift_(32).bitwise_or_(position)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memopt.ops.counter_rng import MASK32
+from memopt.ops.transfer import to_device
 from memopt.optim.rules import StateFullRule
 from memopt.optim.settings import Settings
 
@@ -38,7 +39,7 @@ class DeviceClock:
             self.lr.copy_(lr.view(1))
         else:
             self.lr.fill_(lr)
-        self.steps.copy_(torch.tensor(steps, dtype=torch.float32))
+        self.steps.copy_(to_device(list(steps), torch.float32, self.steps.device))
         self.calls.fill_(calls)
 
     def tick(self, settings: Settings, full: StateFullRule) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from memopt.ops import frugal_step as op
 from memopt.ops.frugal_step import CHUNK, Field, Kind, Rounding
 from memopt.ops.native import cuda_status
+from memopt.ops.transfer import to_device
 from memopt.optim.bucket import Bucket
 from memopt.optim.parts import LeadingRows, Part
 from memopt.optim.rules import StateFreeRule, StateFullRule
@@ -117,10 +118,11 @@ def fill_tables(tables: Tables, bucket: Bucket) -> None:
     counts += [0] * (len(padded) - len(counts))
     counts[-1] = capacity - first  # the last segment is empty and takes the unused chunks
     assert len(rows) < len(padded)
-    tables.segments.copy_(torch.tensor(padded, dtype=torch.int64))
-    number = torch.arange(len(padded), dtype=torch.int32, device=tables.chunks.device)
-    repeats = torch.tensor(counts, device=tables.chunks.device)
-    tables.chunks.copy_(torch.repeat_interleave(number, repeats, output_size=capacity))
+    number = torch.arange(len(padded), dtype=torch.int32)
+    chunks = torch.repeat_interleave(number, torch.tensor(counts), output_size=capacity)
+    device = tables.segments.device
+    tables.segments.copy_(to_device(padded, torch.int64, device))
+    tables.chunks.copy_(to_device(chunks, torch.int32, device))
     if tables.index is not None:
         _fill_index(tables, bucket)
     tables.rows, tables.generation = rows, bucket.generation
@@ -171,7 +173,7 @@ def _fill_index(tables: Tables, bucket: Bucket) -> None:
     for (kind, size, _), tensors in alike.items():
         chosen = torch.stack([_chosen(bucket, tables.indices[tensor]) for tensor in tensors])
         words = _column_words(chosen, size) if kind is ChosenColumns else _row_slots(chosen, size)
-        at = torch.tensor([tables.index_at[tensor] for tensor in tensors], device=words.device)
+        at = to_device([tables.index_at[tensor] for tensor in tensors], torch.int64, words.device)
         where = at.unsqueeze(1) + torch.arange(words.shape[1], device=words.device)
         tables.index[where.view(-1)] = words.view(-1)
 
