@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from memopt.io import EngineName, ExtentStore, open_engine
+from memopt.memory.machine import cpu_name, driver_version, num_usable_cpus
 from memopt.memory.mounts import MEMORY, mount_of
 from memopt.memory.probe_cache import Kept, ProbeCache
 from memopt.memory.rates import (
@@ -37,33 +37,6 @@ PROBE_SSD_BYTES = 512 << 20
 """At most this is written to a set of directories in one probe."""
 _PROBE_LOCK_BYTES = 1 << 30
 Progress = Callable[[str, float], None]
-
-
-def num_usable_cpus() -> int:
-    """Return how many CPUs this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except (AttributeError, OSError):  # not Linux
-        return os.cpu_count() or 1
-
-
-def driver_version(proc: Path = Path("/proc")) -> str:
-    """Return the NVIDIA driver's version, or an empty string where the kernel does not show it."""
-    try:
-        text = (proc / "driver/nvidia/version").read_text()
-    except OSError:
-        return ""
-    found = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)*)\b", text)
-    return found[1] if found else ""
-
-
-def cpu_name(proc: Path = Path("/proc")) -> str:
-    """Return the processor's name, or the architecture's."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", (proc / "cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.machine()
 
 
 def device_name(device: torch.device) -> str:

@@ -13,7 +13,8 @@ from torch import nn
 import memopt
 import memopt._probing as probing
 import memopt._resources as resources
-from memopt._probing import KeptRates, driver_version, link_key, probe, ssd_key
+from memopt._probing import KeptRates, link_key, probe, ssd_key
+from memopt.memory.machine import driver_version
 from memopt.memory.probe_cache import ProbeCache
 from memopt.types.hardware import Hardware
 

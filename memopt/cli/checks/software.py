@@ -19,7 +19,7 @@ OPTIONAL = ("highspy", "transformers", "accelerate", "deepspeed", "peft", "matpl
 def versions(context: Context) -> Sequence[Check]:
     """Python, memopt, torch, CUDA, driver, liburing."""
     import memopt
-    from memopt._probing import driver_version
+    from memopt.memory.machine import driver_version
 
     figures: dict[str, str | None] = {
         "memopt": memopt.__version__,
