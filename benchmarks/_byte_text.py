@@ -25,7 +25,7 @@ SUFFIXES = (
 )  # fmt: skip
 SMALLEST, LARGEST = 512, 2_000_000
 LONGEST_LINE = 250  # on average; longer ones are data or minified programs
-VALIDATION_BYTES = 4_000_000
+SMALLEST_TEXT, VALIDATION_BYTES = 100_000, 4_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,23 +81,23 @@ def load_corpus(num_bytes: int, places: list[Path] | None = None) -> Corpus:
     """Return up to `num_bytes` of training text, fewer where the machine has fewer.
 
     Raises:
-        ValueError: if there is less than 100,000 bytes.
+        ValueError: if there are less than 100,000 bytes (or `num_bytes`).
     """
     train: dict[bytes, bytes] = {}
     valid: dict[bytes, bytes] = {}
     total, files = 0, text_files(roots() if places is None else places)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        while total < num_bytes and (batch := list(islice(files, 512))):
+        while (total < num_bytes or not valid) and (batch := list(islice(files, 512))):
             for found in pool.map(read_text, batch):
-                if found is None or found[0] in train or found[0] in valid or total >= num_bytes:
+                if found is None or found[0] in train or found[0] in valid:
                     continue
                 key, data = found
                 if int.from_bytes(key[:4], "little") % 50 == 0:
                     valid[key] = data
-                else:
+                elif total < num_bytes:
                     train[key] = data
                     total += len(data)
-    if total < 100_000 or not valid:
+    if total < min(num_bytes, SMALLEST_TEXT) or not valid:
         raise ValueError(f"only {total} bytes of text were found: name other places")
     joined = b"".join(train[key] for key in sorted(train))[:num_bytes]
     digest = hashlib.blake2b(joined, digest_size=8).hexdigest()
