@@ -94,7 +94,13 @@ def _largest_children(model: Module, total: int) -> list[tuple[str, Module]]:
     flat = [(n, m) for n, m in model.named_modules() if is_flat_sequential(m)]
     if flat and _weight(flat[0][1]) > 0.5 * total:
         return flat[:1]
-    children = [(n, c) for n, c in model.named_children() if _weight(c) > _MIN_SHARE * total]
+    children: list[tuple[str, Module]] = []
+    for name, child in model.named_children():
+        if isinstance(child, (ModuleList, ModuleDict)):  # never called itself: its children are
+            children.extend((f"{name}.{n}", c) for n, c in child.named_children())
+        else:
+            children.append((name, child))
+    children = [(n, c) for n, c in children if _weight(c) > _MIN_SHARE * total]
     return [(n, c) for n, c in children if not isinstance(c, (torch.nn.Linear, torch.nn.Embedding))]
 
 
