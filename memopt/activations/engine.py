@@ -331,10 +331,15 @@ class ActivationEngine:
             self._fetch_ahead(previous)
 
     def _fetch_ahead(self, frame: Frame) -> None:
-        """Start fetches for the region that backward reaches next, whole tensors, in a window."""
+        """Start fetches for the region that backward reaches next, whole tensors, in a window.
+
+        What many regions take (rotary tables, masks) is on its way once for all of them and in no
+        plan's window: counting it here would leave the last tensor of every region behind.
+        """
         left = self.plan.prefetch_bytes
         for stored in frame.waiting():
-            left -= stored.nbytes
+            shared = isinstance(stored, SharedInput) and stored.is_shared
+            left -= 0 if shared else stored.nbytes
             if left < 0:
                 return
             stored.prefetch()
@@ -363,6 +368,11 @@ class SharedInput:
         self.num_users = 1
         self._stored = stored
         self._landed: Tensor | None = None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other regions wait for it too, or it is on the device for one that did."""
+        return self.num_users > 1 or self._landed is not None
 
     def prefetch(self) -> int:
         """Start the fetch unless a region still holds the landed tensor."""
