@@ -86,7 +86,11 @@ class Planner:
             )
         asked = self._asked
         plan = asked if isinstance(asked, Plan) else uniform_plan(self.trace, asked)
-        return replace(plan, predicted=self._predict(plan))
+        return self.with_prediction(plan)
+
+    def with_prediction(self, plan: Plan) -> Plan:
+        """Return `plan` with what is predicted of it now."""
+        return replace(plan, predicted=self._predict(plan)) if self._hardware is not None else plan
 
     def _predict(self, plan: Plan) -> Prediction:
         assert self._hardware is not None

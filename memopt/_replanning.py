@@ -1,7 +1,9 @@
 """When a session's plan changes: after the traced step, after a timed one, and when gradients stay.
 
-Plans switch only at a root forward without a live frame. The step that is timed is the first one
-that began with its plan in force and no host memory being locked; from there on the plan stays.
+Plans switch only at a root forward without a live frame. A step is timed that began with its plan
+in force and no host memory being locked. The first such step gives a new plan. The second, which
+runs that plan, only corrects what it predicts: the less a step waits, the hotter and slower the
+device computes, which no step of another plan can show.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from memopt.types.plan import Plan
 _TIMES_FROM = 2
 """Steps before the one that is timed: one is traced, one more may compile kernels."""
 
+_TIMED_STEPS = 2
+
 
 class Replanning:
     """The planner of a session, the plan that waits for its turn, and the step that is timed."""
@@ -24,7 +28,7 @@ class Replanning:
         self.planner: Planner | None = None
         self.next_plan: Plan | None = None
         self._timed_step: int | None = None
-        self._calibrated = False
+        self._num_timed = 0
 
     def begin(self, planner: Planner) -> None:
         """The traced step ended: make the first plan."""
@@ -39,7 +43,10 @@ class Replanning:
         stale = planner.sees_gradients(steps.grad_bytes())
         if self._timed_step is not None and steps.num_steps > self._timed_step:
             self._calibrate(planner, engine, resources, steps)
-            stale = True
+            if self._num_timed == 1:
+                stale = True
+            else:
+                engine.use(planner.with_prediction(engine.plan))
         if stale:
             self.next_plan = planner.plan()
         if self.next_plan is not None:
@@ -48,7 +55,7 @@ class Replanning:
             engine.time_regions(None)
             self.next_plan = self._timed_step = None
         undisturbed = steps.num_steps >= _TIMES_FROM and not resources.is_locking
-        if undisturbed and not (self._calibrated or steps.begun):
+        if undisturbed and self._num_timed < _TIMED_STEPS and not steps.begun:
             self._timed_step = steps.num_steps
             steps.exposed_before = resources.transfers.moved.exposed_s
             engine.time_regions(RegionClock(resources.meter))
@@ -60,4 +67,6 @@ class Replanning:
         step_s, exposed_s = steps.last_step(resources.transfers.moved.exposed_s)
         times = engine.clock.times() if engine.clock is not None else {}
         planner.calibrate(engine.plan, step_s, exposed_s, times)
-        self._calibrated = True
+        engine.time_regions(None)
+        self._timed_step = None
+        self._num_timed += 1
