@@ -219,8 +219,7 @@ def _open_transfers(
         return CpuTransfers(spill, 1 << 30), None
     from memopt.activations.cuda import CudaTransfers
 
-    threads = min(16, max(4, (os.cpu_count() or 4) * 3 // 4))
-    host = HostPool(max(host_bytes, PAGE_BYTES), register=True, num_threads=threads)
+    host = HostPool(max(host_bytes, PAGE_BYTES), register=True)
     return CudaTransfers(device, host, spill, 1 << 30), host
 
 
