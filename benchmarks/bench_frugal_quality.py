@@ -284,7 +284,7 @@ class Trainer:
         }  # fmt: skip
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        stride = max(min(CURVE_STEPS, steps // 4), steps // CURVE_POINTS)
+        stride = max(1, min(CURVE_STEPS, steps // 4), steps // CURVE_POINTS)
         self.sync()
         begin = time.perf_counter()
         for step in range(steps):

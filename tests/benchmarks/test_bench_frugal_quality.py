@@ -45,7 +45,7 @@ def call(monkeypatch, tmp_path, places):
     out = tmp_path / "quality.json"
 
     def run(*arguments):
-        fixed = ["--out", str(out), "--bytes", "12000", "--sizes", "tiny", "--tokens", "32",
+        fixed = ["--out", str(out), "--bytes", "20000", "--sizes", "tiny", "--tokens", "32",
                  "--batch", "16", "--gap", "10", "--compile", "no"]  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["bench_frugal_quality.py", *fixed, *arguments])
         bench.main()
