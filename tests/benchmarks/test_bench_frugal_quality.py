@@ -7,7 +7,6 @@ import json
 import math
 import random
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -132,15 +131,14 @@ def test_whole_call_then_nothing_left_and_a_report(call):
 
 
 def test_a_run_that_meets_the_limit_is_kept_and_made_again(call, monkeypatch):
-    monkeypatch.setattr(bench.Plan, "seconds", lambda *_: 0.0)  # everything seems to fit
-
-    def slow(trainer, model, batches):
-        time.sleep(1.0)
-        return 3.0
-
+    job = bench.Job(size="tiny", method="AdamW", lr=1e-3, seed=0, num_bytes=2000)
+    once = iter([[job], []])
+    train = bench.Trainer.run
     with monkeypatch.context() as patch:
-        patch.setattr(bench.Trainer, "validate", slow)
-        cut = call("--methods", "AdamW", "--limit-s", "2.5")
+        patch.setattr(bench.Plan, "jobs", lambda _: next(once))
+        patch.setattr(bench.Plan, "seconds", lambda *_: 0.0)
+        patch.setattr(bench.Trainer, "run", lambda self, job, _, note: train(self, job, 0.0, note))
+        cut = call("--methods", "AdamW")
     assert cut["unfinished"]
     (left,) = cut["unfinished"].values()
     assert left["cut_off"]
