@@ -40,6 +40,10 @@ class Row:
         return f"{self.method}{plan}" + (f"@{self.device_budget}" if self.device_budget else "")
 
 
+SETTLING_STEPS = 4
+"""memopt traces one step, locks host memory beside the next ones, times one, and plans again after it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attached:
     """A method at work: a context for each step, and what it reports after the loop."""
@@ -224,7 +228,7 @@ def parse_row(text: str, *, budgets: dict[int, str], num_steps: dict[int, tuple[
     Args:
         text: "16384:memopt@39GiB", "65536:checkpoint", "16384:memopt=recompute" ...
         budgets: device budget of memopt's rows by tokens, where the row names none.
-        num_steps: (untimed, timed) steps by tokens, under 0 for all others; a peer has one untimed step less.
+        num_steps: (untimed, timed) steps by tokens, under 0 for all others; memopt has more untimed ones.
 
     Raises:
         ValueError: no such method, a plan or budget for a peer, or no budget known for memopt.
@@ -248,8 +252,8 @@ def parse_row(text: str, *, budgets: dict[int, str], num_steps: dict[int, tuple[
     elif at or equals:
         raise ValueError(f"row {text!r}: only memopt takes a plan and a budget")
     num_untimed, num_timed = num_steps[tokens] if tokens in num_steps else num_steps[0]
-    if method != "memopt":
-        num_untimed -= 1  # peers have no traced step
+    if method == "memopt":
+        num_untimed += SETTLING_STEPS
     return Row(
         tokens=tokens,
         method=method,

@@ -73,10 +73,10 @@ ALLOCATOR = (
 )
 BUDGETS = {16384: "39GiB", 65536: "61GiB"}
 NUM_STEPS = {
-    16384: (3, 5),
-    65536: (2, 3),
-    0: (2, 3),
-}  # (untimed, timed); peers have one untimed step less
+    16384: (2, 5),
+    65536: (1, 3),
+    0: (1, 3),
+}  # (untimed, timed); memopt has SETTLING_STEPS untimed ones more
 # In order of importance: a run that is cut short has the rows that matter most.
 ROWS = (
     "16384:memopt 16384:plain 16384:checkpoint 65536:memopt 65536:checkpoint 16384:trl_checkpoint "
@@ -245,7 +245,7 @@ def _main_parent(args: argparse.Namespace) -> int:
     deadline = time.monotonic() + args.limit
     limits = _limits(args)
     rows = [
-        parse_row(text, budgets=BUDGETS, num_steps={0: (2, 1)} if args.dry else NUM_STEPS)
+        parse_row(text, budgets=BUDGETS, num_steps={0: (1, 1)} if args.dry else NUM_STEPS)
         for text in args.rows.split()
     ]
     run = provenance(PACKAGES) | {

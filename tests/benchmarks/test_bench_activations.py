@@ -67,7 +67,7 @@ def test_dry_run_measures_every_row_it_can_and_says_why_not(tmp_path):
     assert [row["status"] for row in (plain, memopt, trl)] == ["ok", "ok", "skipped"]
     assert trl["reason"] == "needs CUDA"
     assert len(plain["untimed_step_s"]) == 1
-    assert len(memopt["untimed_step_s"]) == 2
+    assert len(memopt["untimed_step_s"]) == 5
     assert len(plain["step_s"]) == len(memopt["step_s"]) == 1
     assert memopt["ratio_to_plain"] == pytest.approx(memopt["step_s"][0] / plain["step_s"][0])
     assert memopt["loss_agrees"] is True
@@ -185,7 +185,7 @@ def test_a_failure_is_a_result_with_its_reason(measure):
 
 
 def test_rows_are_read_as_written(methods):
-    steps = {64: (3, 5), 0: (2, 3)}
+    steps = {64: (2, 5), 0: (1, 3)}
     row = methods.parse_row("64:memopt=plans/a.json@39GiB", budgets={}, num_steps=steps)
     assert (row.tokens, row.method, row.plan, row.device_budget) == (
         64,
@@ -193,7 +193,7 @@ def test_rows_are_read_as_written(methods):
         "plans/a.json",
         "39GiB",
     )
-    assert (row.num_untimed, row.num_timed) == (3, 5)
+    assert (row.num_untimed, row.num_timed) == (6, 5)
     assert row.label == "memopt=plans/a.json@39GiB"
     peer = methods.parse_row("65:plain", budgets={}, num_steps=steps)
     assert (peer.num_untimed, peer.num_timed, peer.label) == (1, 3, "plain")
