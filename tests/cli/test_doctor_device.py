@@ -41,17 +41,18 @@ def pci(root, **files):
 @pytest.mark.parametrize(
     ("driver", "problem", "status", "word"),
     [
-        (False, "torch 2.13.0+cpu is built without CUDA", "absent", ""),
-        (False, "Found no NVIDIA driver on your system", "absent", ""),
-        (True, "torch 2.13.0+cpu is built without CUDA", "weak", "install a CUDA build"),
-        (True, "The NVIDIA driver on your system is too old", "broken", "needs an update"),
-        (True, "", "broken", "CUDA_VISIBLE_DEVICES"),
+        ("", "torch 2.13.0+cpu is built without CUDA", "absent", ""),
+        ("", "Found no NVIDIA driver on your system", "absent", ""),
+        ("proc/driver/nvidia/version", "torch is built without CUDA", "weak", "a CUDA build"),
+        ("dev/nvidiactl", "The NVIDIA driver on your system is too old", "broken", "an update"),
+        ("dev/dxg", "", "broken", "CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_why_there_is_no_device(tmp_path, driver, problem, status, word):
     if driver:
-        (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
-        (tmp_path / "proc/driver/nvidia/version").write_text("NVRM version: 580.65.06")
+        sign = tmp_path / driver
+        sign.parent.mkdir(parents=True)
+        sign.write_text("NVRM version: 580.65.06")
     check = one(device.devices(Context(root=tmp_path, gpu_problem=problem)))
     assert check.status == status
     assert word in check.todo

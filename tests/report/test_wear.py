@@ -21,12 +21,12 @@ def blocks() -> nn.Sequential:
     )
 
 
-def train(directory, **budget) -> tuple[memopt.RunReport, list[int]]:
+def train(directory, num_steps=NUM_STEPS, **budget) -> tuple[memopt.RunReport, list[int]]:
     """Return the report and the bytes that the I/O engine had written after each step."""
     model, after = blocks(), []
     spec = memopt.Budget(ssd=f"{directory}:64MiB", **budget)
     with memopt.optimize(model, plan="ssd", budget=spec, engine="threads") as run:
-        for _ in range(NUM_STEPS):
+        for _ in range(num_steps):
             model(torch.randn(NUM_TOKENS, WIDTH)).sum().backward()
             model.zero_grad()
             run._resources.transfers.finish()
@@ -47,6 +47,13 @@ def test_written_bytes_of_the_engine_are_the_reports(tmp_path):
     assert wear.day_bytes == pytest.approx(a_day, rel=1e-9)
     assert wear.lifetime_days == pytest.approx(1e15 / a_day, rel=1e-9)
     assert "lasts" in str(report)
+
+
+def test_the_first_step_runs_in_another_plan_and_does_not_count(tmp_path):
+    report, after = train(tmp_path, num_steps=2)
+    first, second = after[0], after[1] - after[0]
+    assert first != second
+    assert report.wear.step_bytes == second
 
 
 def test_without_endurance_bytes_a_day_alone(tmp_path):

@@ -14,6 +14,8 @@ _SLOW_SHARE = 0.6
 """Of the link's raw rate; one large page-locked copy reaches 0.85 to 0.9 of it."""
 _SLOW_LINK = 10e9
 """Below what PCIe 3 with 16 lanes gives, where the system does not say what the link is."""
+_OWN_BYTES = 1 << 30
+"""More than this process's own CUDA context takes."""
 HEAD_DIMS = (64, 96, 128, 192, 256)
 _TRIED = (("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 256), ("float16", 128))
 
@@ -64,9 +66,10 @@ def devices(context: Context) -> Sequence[Check]:
     """Each CUDA device, or why there is none."""
     if context.gpus:
         return [_judge_gpu(gpu) for gpu in context.gpus]
-    driver = context.read("proc/driver/nvidia/version")
-    figures = {"driver_loaded": driver is not None, "problem": context.gpu_problem}
-    if driver is None:
+    signs = ("proc/driver/nvidia/version", "dev/nvidiactl", "dev/dxg")  # the last: WSL
+    loaded = any((context.root / sign).exists() for sign in signs)
+    figures = {"driver_loaded": loaded, "problem": context.gpu_problem}
+    if not loaded:
         found = "no CUDA device: the device is the CPU, and activations can move to SSD only"
         return [Check(name="device", status="absent", found=found, figures=figures)]
     if "built without CUDA" in context.gpu_problem:
@@ -93,7 +96,7 @@ def _judge_gpu(gpu: Gpu) -> Check:
     }
     free = f"{format_bytes(gpu.free_bytes)} of {format_bytes(gpu.total_bytes)} free"
     found = f"{gpu.name}, {free}, compute {gpu.capability}"
-    crowded = used > gpu.total_bytes // 10
+    crowded = used > max(gpu.total_bytes // 10, _OWN_BYTES)
     todo = (
         f"{format_bytes(used)} are in use by others: end them, or name a device budget below what is free"
         if crowded
@@ -249,7 +252,7 @@ def judge_attention(figures: dict[str, Any]) -> Check:
     failed = {case: why for case, why in figures["tried"].items() if why}
     found = f"cuDNN {figures['version']}, head dimensions {', '.join(map(str, dims)) or 'none'} in bfloat16"
     if not figures["enabled"]:
-        todo = "switched off: torch.backends.cuda.enable_cudnn_sdp(True), or unset TORCH_CUDNN_SDPA_ENABLED"
+        todo = "switched off: torch.backends.cuda.enable_cudnn_sdp(True) allows it"
         return Check(name=name, status="weak", found=found, todo=todo, figures=figures)
     if not dims or len(failed) == len(figures["tried"]) > 0:
         why = next(iter(failed.values()), "torch accepts no head dimension")

@@ -57,11 +57,15 @@ def memory(context: Context) -> Sequence[Check]:
 
 def page_locking(context: Context) -> Sequence[Check]:
     """Limits on locked memory, and whether CUDA really locks some."""
+    from memopt.memory.host import host_facts
+
     soft, hard = _memlock_limits()
     wsl = _is_wsl(context)
     figures: dict[str, Any] = {"memlock_soft_bytes": soft, "memlock_hard_bytes": hard, "wsl": wsl}
     limit = "no limit" if soft is None else f"limit {format_bytes(soft)}"
     where = f"RLIMIT_MEMLOCK {limit}" + (", WSL" if wsl else "")
+    left = host_facts(proc=context.root / "proc/self", root=context.root).free_bytes
+    figures["host_free_bytes"] = left  # locked pages count against the cgroup as all others do
     if not context.gpus:
         found = f"nothing is page-locked without CUDA ({where})"
         return [Check(name="page-locked memory", status="absent", found=found, figures=figures)]
@@ -70,7 +74,7 @@ def page_locking(context: Context) -> Sequence[Check]:
     from memopt.memory.rates import measure_page_locking
 
     context.progress("page-locking", 0.0)
-    nbytes = _QUICK_LOCK_BYTES if context.quick else _LOCK_BYTES
+    nbytes = _QUICK_LOCK_BYTES if context.quick or left < 4 * _LOCK_BYTES else _LOCK_BYTES
     rate = measure_page_locking(torch.device("cuda", context.gpus[0].index), nbytes)
     figures |= {"locked_bytes": 0 if rate.reason else nbytes, "bytes_per_s": rate.bytes_per_s}
     return [
