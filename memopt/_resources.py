@@ -19,7 +19,7 @@ from memopt.memory._slab import PAGE_BYTES
 from memopt.memory.accounting import AccountedMemory
 from memopt.memory.host import host_facts, reset_peak_resident, resolve_budget
 from memopt.memory.link import PROBE_BYTES, measure_hardware
-from memopt.memory.malloc import pin_mmap_threshold
+from memopt.memory.malloc import HeapTrimmer
 from memopt.memory.meter import CpuMeter, CudaMeter, Meter
 from memopt.memory.pinned import HostPool
 from memopt.types.budget import Budget, ResolvedBudget
@@ -67,6 +67,7 @@ class Resources:
         self.notes: list[str] = list(budget.notes)
         self.probe_notes: list[str] = []
         self.closed = False
+        self._trimmer: HeapTrimmer | None = None
         self._thread = threading.get_ident()
         self._fraction: float | None = None
         self._expandable = False
@@ -138,6 +139,11 @@ class Resources:
             min(1.0, self.budget.device_bytes / total), self.device
         )
 
+    def watch_heap(self, accounted: AccountedMemory) -> None:
+        """Keep the resident set near what tensors need, where the device is host memory."""
+        self._trimmer = HeapTrimmer(accounted)
+        self.notes.append(self._trimmer.start())
+
     def check_thread(self) -> None:
         """Refuse to stop in another thread: its accounting mode can only be popped where it was pushed."""
         if self.accounted is not None and threading.get_ident() != self._thread:
@@ -162,6 +168,8 @@ class Resources:
                 self.io[0].close()
             if self.accounted is not None:
                 self.accounted.__exit__(None, None, None)
+            if self._trimmer is not None:
+                self._trimmer.stop()
 
 
 def open_resources(
@@ -189,7 +197,6 @@ def open_resources(
     accounted = None
     meter: Meter
     if on_cpu:
-        notes.append(pin_mmap_threshold())
         accounted = AccountedMemory()
         _track_states(accounted, model, optimizer)
         meter = CpuMeter(accounted)
@@ -200,6 +207,7 @@ def open_resources(
     resources.notes.extend(notes)
     if accounted is not None:
         accounted.__enter__()
+        resources.watch_heap(accounted)
     resources.cap_allocator()
     reset_peak_resident()
     return resources

@@ -38,6 +38,8 @@ class AccountedMemory(TorchDispatchMode):
         self.on_sample = on_sample
         self.current_bytes = 0
         self.peak_bytes = 0
+        self.born_bytes = 0
+        """Bytes of all storages ever counted."""
         self._live: dict[int, Any] = {}
 
     @classmethod
@@ -75,6 +77,7 @@ class AccountedMemory(TorchDispatchMode):
             self.current_bytes -= nbytes
 
         self._live[key] = weakref.ref(storage, died)
+        self.born_bytes += nbytes
         self.current_bytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.current_bytes)
 

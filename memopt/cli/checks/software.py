@@ -140,7 +140,9 @@ def malloc(context: Context) -> Sequence[Check]:
     replaced = found[1] if found else None
     figures = {"libc": name, "version": version, "replaced_by": replaced}
     if name == "glibc" and replaced is None:
-        text = f"glibc {version}; a session without CUDA fixes its mmap threshold at 1 MiB"
+        text = (
+            f"glibc {version}; a session without CUDA gives its free heap memory back (malloc_trim)"
+        )
         return [Check(name="malloc", status="ok", found=text, figures=figures)]
     who = replaced or name or "unknown"
     status: Status = "absent" if context.gpus else "weak"
