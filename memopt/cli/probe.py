@@ -109,8 +109,9 @@ def parse_directories(requests: Sequence[str]) -> list[tuple[str, int]]:
 
     spelled = []
     for request in requests:
-        if Path(request).is_dir():
-            free_bytes = inspect_directory(request).free_bytes
+        directory = Path(request).expanduser()
+        if directory.is_dir():
+            free_bytes = inspect_directory(str(directory)).free_bytes
             spelled.append(f"{request}:{max(1, min(PROBE_SSD_BYTES, free_bytes // 4))}B")
         else:  # without a size it is no directory: resolving says so
             spelled.append(request if ":" in request else f"{request}:1MiB")

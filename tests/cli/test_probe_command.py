@@ -97,6 +97,10 @@ def test_directories(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="given twice"):
         parse_directories([".", "."])
     assert parse_directories([]) == []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ((found, size),) = parse_directories(["~/a:b"])
+    assert found == str((tmp_path / "a:b").resolve())
+    assert size > 1 * MIB
 
 
 @pytest.mark.parametrize(
