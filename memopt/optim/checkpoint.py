@@ -71,10 +71,11 @@ def rebuild_groups(optimizer: Frugal) -> None:
 @torch.no_grad()
 def regroup(old: GroupState, members: Sequence[Tensor], names: dict[Tensor, str]) -> GroupState:
     """Rebuild a group that has got more parameters; what had state keeps it where it still fits."""
-    kept: dict[Tensor, tuple[int, Any]] = {}
-    for param in old.home:
+    kept: dict[Tensor, tuple[int, dict[str, Any]]] = {}
+    for param, (bucket, i) in old.home.items():
         values = old.state.pop(param)
-        kept[param] = (values[STEP], values.get(COMPENSATION))
+        others = (COMPENSATION, *old.memory_names(bucket.entries[i]))
+        kept[param] = values[STEP], {name: values[name] for name in others if name in values}
     new = GroupState(old.group, old.state, members, names)
     settings = new.settings()
     for bucket in (*old.buckets, *new.buckets):
@@ -86,9 +87,8 @@ def regroup(old: GroupState, members: Sequence[Tensor], names: dict[Tensor, str]
             continue
         before, j = old.home[param]
         old_part, new_part = before.parts[j], bucket.parts[i]
-        step, compensation = kept[param]
-        if compensation is not None:
-            new.state[param][COMPENSATION] = compensation
+        step, numbers = kept[param]
+        new.state[param].update(numbers)
         if old_part is None or new_part is None or type(old_part) is not type(new_part):
             continue
         new.state[param][STEP] = step

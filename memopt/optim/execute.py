@@ -94,6 +94,7 @@ def _make_job(state: GroupState, bucket: Bucket, i: int) -> Job:
         entry=entry, part=part, offset=bucket.offsets[i], weight=local_part(entry.param),
         grad=local_part(entry.param.grad).contiguous(), step=shown[STEP],
         compensation=shown.get(COMPENSATION),
+        memory={name: shown[name] for name in state.memory_names(entry)},
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from memopt.optim import checkpoint
 from memopt.optim.execute import begin_replay, is_capturing, update_params
 from memopt.optim.group_state import CLOCK, GroupState
 from memopt.optim.rules import state_free_rule, state_full_rule
-from memopt.optim.settings import LOW_RANK, Settings
+from memopt.optim.settings import Settings
 from memopt.optim.sharding import as_sharded, refuse_low_rank
 from memopt.optim.tensors import local_part
 
@@ -318,7 +318,7 @@ class Frugal(Optimizer):
 
 
 def _check_param(param: Tensor, settings: Settings) -> None:
-    if settings.split and settings.selection in LOW_RANK:
+    if settings.split and settings.low_rank:
         refuse_low_rank(param, settings.selection)
     if param.is_complex():
         raise ValueError(

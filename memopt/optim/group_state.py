@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memopt.optim.bucket import BASIS, BASIS_ROUND, Bucket, Entry, make_entry
-from memopt.optim.rules import state_full_rule
+from memopt.optim.rules import JointRule, state_full_rule
 from memopt.optim.settings import Settings
 from memopt.optim.tensors import local_part
 
@@ -91,9 +91,16 @@ class GroupState:
                     shown[COMPENSATION] = torch.zeros_like(
                         local, memory_format=torch.contiguous_format
                     )
+                for name in self.memory_names(entry):
+                    shown.setdefault(name, torch.zeros(1, device=local.device))
                 views = self._views(bucket, i)
                 self._take_over(entry, shown, views)
                 self._remember(bucket, i, shown, views)
+
+    def memory_names(self, entry: Entry) -> tuple[str, ...]:
+        """Return the names of the numbers that a joint rule keeps for a parameter."""
+        rule = state_full_rule(self.group["state_full"])
+        return rule.memory if isinstance(rule, JointRule) and entry.selection.low_rank else ()
 
     def _needs_compensation(self, local: Tensor) -> bool:
         return self.group["rounding"] == "kahan" and local.dtype in (torch.bfloat16, torch.float16)
@@ -209,9 +216,10 @@ class GroupState:
                 self.state[entry.param][BASIS_ROUND] = self.group["round"]
 
     def num_bytes(self) -> int:
-        """Return the bytes of state: arenas, bases and compensations."""
+        """Return the bytes of state: arenas, bases, compensations and joint rules' numbers."""
         total = sum(bucket.num_bytes() for bucket in self.buckets)
-        for param in self.home:
+        for param, (bucket, i) in self.home.items():
+            total += 4 * len(self.memory_names(bucket.entries[i]))
             compensation = self.state[param].get(COMPENSATION)
             if compensation is not None:
                 total += compensation.numel() * compensation.element_size()

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from memopt.optim.settings import LOW_RANK
 from memopt.optim.tensors import matrix_shape
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -82,7 +81,7 @@ def _group_bytes(group: dict[str, Any], moment_bytes: int) -> int:
     for param in params:
         selection = selection_named(kind, param.dim())
         rows, columns = matrix_shape(param.shape)
-        basis = param.element_size() if kind in LOW_RANK else 0
+        basis = param.element_size() if selection.low_rank else 0
         total += selection.state_bytes(
             rows, columns, density, moment_bytes=moment_bytes, basis_bytes=basis
         )

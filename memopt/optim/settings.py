@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-SELECTIONS = ("blocks", "columns", "rows", "coordinates", "svd", "random", "randperm")
-LOW_RANK = ("svd", "random")
+from memopt.optim.selections import selection_named, selection_names
+
 ORDERS = ("random", "ascending", "descending", "mirror")
 ON_SWITCH = ("reset", "project", "keep")
 ROUNDINGS = ("nearest", "stochastic", "kahan")
@@ -69,18 +69,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_numbers()
-        _one_of("selection", self.selection, SELECTIONS)
+        _one_of("selection", self.selection, selection_names())
         _one_of("on_switch", self.on_switch, ON_SWITCH)
         _one_of("order", self.order, ORDERS)
         _one_of("complement", self.complement, ("exact", "reference"))
         _one_of("quantize", self.quantize, (None, "8bit"))
         _one_of("rounding", self.rounding, ROUNDINGS)
-        if self.on_switch == "keep" and self.split and self.selection not in LOW_RANK:
+        if self.on_switch == "keep" and self.split and not self.low_rank:
             raise ValueError(
                 f"on_switch='keep' leaves moments where they lie, which has a meaning only for"
                 f" selection='svd' or 'random', not {self.selection!r}: use 'reset' or 'project'"
             )
-        if self.capturable and self.split and self.selection in LOW_RANK:
+        if self.capturable and self.split and self.low_rank:
             raise ValueError(
                 f"capturable=True needs a selection that is known before the gradient:"
                 f" selection={self.selection!r} is not; use blocks, columns, rows or coordinates"
@@ -108,6 +108,11 @@ class Settings:
             )
         if self.update_gap != int(self.update_gap) or self.update_gap < 1:
             raise ValueError(f"update_gap={self.update_gap!r} must be a whole number of at least 1")
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether matrices have a subspace, not elements, with state."""
+        return selection_named(self.selection).low_rank
 
     @property
     def full_scale(self) -> float:

@@ -19,7 +19,7 @@ from memopt.ops.rounding import store_kahan, store_stochastic
 from memopt.optim.arena import Arena, Dither
 from memopt.optim.bucket import Entry
 from memopt.optim.parts import Part, Tile
-from memopt.optim.rules import Hyper, StateFreeRule, StateFullRule
+from memopt.optim.rules import Both, Hyper, JointRule, StateFreeRule, StateFullRule
 from memopt.optim.settings import Settings
 from memopt.optim.tensors import as_matrix
 
@@ -38,6 +38,7 @@ class Job:
     grad: Tensor
     step: int
     compensation: Tensor | None
+    memory: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,57 @@ def _update(batch: Sequence[Piece], context: StepContext) -> None:
         grads = list(torch._foreach_neg(grads))
     if s.weight_decay:
         torch._foreach_mul_(weights, 1 - context.lr * s.weight_decay)
+    joint = [i for i, piece in enumerate(batch) if _is_joint(piece, context)]
+    apart = [i for i in range(len(batch)) if i not in joint] if joint else range(len(batch))
+    _update_apart(
+        [batch[i] for i in apart], [weights[i] for i in apart], [grads[i] for i in apart], context
+    )
+    for i in joint:
+        _update_both(batch[i], weights[i], grads[i], context)
+    for piece, weight in zip(batch, weights, strict=True):
+        _store_weight(piece, weight, context)
+
+
+def _is_joint(piece: Piece, context: StepContext) -> bool:
+    joint = isinstance(context.full, JointRule)
+    return joint and piece.job.entry.selection.low_rank and piece.tile.cut.has_full
+
+
+def _update_apart(
+    batch: Sequence[Piece], weights: Sequence[Tensor], grads: Sequence[Tensor], context: StepContext
+) -> None:
+    """Update both parts with rules that do not know of each other."""
     with_state = [i for i, piece in enumerate(batch) if piece.tile.cut.has_full]
     taken = [batch[i].tile.cut.take(weights[i]) for i in with_state]
     _update_free(batch, weights, grads, context)
     _update_full([batch[i] for i in with_state], taken, [grads[i] for i in with_state], context)
     for i, full in zip(with_state, taken, strict=True):
         batch[i].tile.cut.put(weights[i], full)
-    for piece, weight in zip(batch, weights, strict=True):
-        _store_weight(piece, weight, context)
+
+
+def _update_both(piece: Piece, weight: Tensor, grad: Tensor, context: StepContext) -> None:
+    """Let a joint rule update a whole matrix."""
+    s, tile, rule = context.settings, piece.tile, context.full
+    assert isinstance(rule, JointRule)
+    start = piece.job.offset + tile.slot
+    moments = context.arena.load(start, start + tile.num_slots, context.work_dtype)
+    both = Both(
+        weight=weight, grad=grad, cut=tile.cut, memory=piece.job.memory, step=piece.job.step,
+        moments=[moment.view(weight.shape[0], -1) for moment in moments],
+    )  # fmt: skip
+    rule.update_both(both, _hyper(context), context.lr * s.free_scale)
+    context.arena.save(start, moments, _dither(piece, context))
+
+
+def _hyper(context: StepContext) -> Hyper:
+    s = context.settings
+    return Hyper(lr=context.lr * s.full_scale, beta1=s.betas[0], beta2=s.betas[1], eps=s.eps)
+
+
+def _dither(piece: Piece, context: StepContext) -> Dither | None:
+    if context.settings.rounding != "stochastic":
+        return None
+    return Dither(context.key(piece.job.entry, moment=True), piece.tile.slot)
 
 
 def _load_weight(piece: Piece, dtype: torch.dtype) -> Tensor:
@@ -184,7 +228,7 @@ def _update_full(
 ) -> None:
     if not batch:
         return
-    s, arena = context.settings, context.arena
+    arena = context.arena
     starts = [piece.job.offset + piece.tile.slot for piece in batch]
     loaded = [
         arena.load(start, start + piece.tile.num_slots, context.work_dtype)
@@ -194,12 +238,9 @@ def _update_full(
         [value.view(full.shape) for value in values]
         for values, full in zip(loaded, taken, strict=True)
     ]
-    hyper = Hyper(lr=context.lr * s.full_scale, beta1=s.betas[0], beta2=s.betas[1], eps=s.eps)
     gathered = [piece.tile.cut.gather(grad) for piece, grad in zip(batch, grads, strict=True)]
     by_moment = [list(column) for column in zip(*shaped, strict=True)]
-    context.full.update(taken, gathered, by_moment, [piece.job.step for piece in batch], hyper)
+    steps = [piece.job.step for piece in batch]
+    context.full.update(taken, gathered, by_moment, steps, _hyper(context))
     for start, values, piece in zip(starts, loaded, batch, strict=True):
-        dither = None
-        if s.rounding == "stochastic":
-            dither = Dither(context.key(piece.job.entry, moment=True), piece.tile.slot)
-        arena.save(start, values, dither)
+        arena.save(start, values, _dither(piece, context))

@@ -7,8 +7,10 @@ equations, and where ours differ.
 from __future__ import annotations
 
 from memopt.optim.presets.adafrugal import AdaFrugalSchedule, adafrugal
+from memopt.optim.presets.apollo import apollo
 from memopt.optim.presets.badam import badam
+from memopt.optim.presets.fira import fira
 from memopt.optim.presets.galore import galore
 from memopt.optim.presets.scale import scale
 
-__all__ = ["AdaFrugalSchedule", "adafrugal", "badam", "galore", "scale"]
+__all__ = ["AdaFrugalSchedule", "adafrugal", "apollo", "badam", "fira", "galore", "scale"]

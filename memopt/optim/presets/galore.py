@@ -41,6 +41,18 @@ def galore(
     Raises:
         ValueError: for a rank of a matrix's shorter side or more.
     """
+    return Frugal(
+        with_rank(groups, rank), lr=lr, update_gap=update_gap, selection="svd", state_free="none",
+        state_full_lr_scale=alpha, on_switch="keep", **settings,
+    )  # fmt: skip
+
+
+def with_rank(groups: Iterable[dict[str, Any]], rank: int | None) -> list[dict[str, Any]]:
+    """Give split groups the density that makes every matrix's rank `rank` (None: as they are).
+
+    Raises:
+        ValueError: for a rank of a matrix's shorter side or more.
+    """
     chosen = []
     for group in groups:
         if rank is None or not group.get("split", True):
@@ -50,10 +62,7 @@ def galore(
             if rank >= side:
                 raise ValueError(f"rank={rank} needs matrices with sides above it; one has {side}")
             chosen.append({**group, "params": params, "density": rank / side})
-    return Frugal(
-        chosen, lr=lr, update_gap=update_gap, selection="svd", state_free="none",
-        state_full_lr_scale=alpha, on_switch="keep", **settings,
-    )  # fmt: skip
+    return chosen
 
 
 def _by_short_side(params: Iterable[Any]) -> dict[int, list[Any]]:

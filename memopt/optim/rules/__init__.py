@@ -6,7 +6,14 @@ A new one is a file with a subclass and a `register_...` call.
 from __future__ import annotations
 
 from memopt.optim.rules.adamw import AdamW
-from memopt.optim.rules.base import Hyper, Moment, StateFreeRule, StateFullRule
+from memopt.optim.rules.base import (
+    Both,
+    Hyper,
+    JointRule,
+    Moment,
+    StateFreeRule,
+    StateFullRule,
+)
 from memopt.optim.rules.free import ColumnNormalized, NoUpdate, Sgd, Sign
 from memopt.optim.rules.lion import Lion
 from memopt.optim.rules.sgdm import Sgdm
@@ -50,7 +57,9 @@ def register_state_free(rule: StateFreeRule) -> None:
 
 
 __all__ = [
+    "Both",
     "Hyper",
+    "JointRule",
     "Moment",
     "StateFreeRule",
     "StateFullRule",

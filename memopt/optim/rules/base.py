@@ -13,6 +13,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from memopt.optim.parts import Cut
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -58,6 +60,38 @@ class StateFullRule(ABC):
             steps: for every tile, the number of this update since its state was new: 1, 2 ...
             hyper: learning rate and the like.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Both:
+    """A matrix with its subspace: what a `JointRule` sees, the longer side as rows.
+
+    `weight` is decayed and updated in place; `cut` gathers the gradient's coordinates, takes its
+    complement and puts an update of coordinates back; `moments` have the coordinates' shape;
+    `memory` holds one number a name, float32 of shape (1,); `step` counts updates since a reset.
+    """
+
+    weight: Tensor
+    grad: Tensor
+    cut: Cut
+    moments: list[Tensor]
+    memory: dict[str, Tensor]
+    step: int
+
+
+class JointRule(StateFullRule):
+    """A rule whose state-free update depends on the state-full one (Fira, APOLLO).
+
+    It replaces both rules where the selection is a subspace. Elsewhere (vectors) `update` is used,
+    and the group's state-free rule.
+    """
+
+    elementwise = False
+    memory: ClassVar[tuple[str, ...]] = ()  # numbers kept for every matrix, in its state
+
+    @abstractmethod
+    def update_both(self, both: Both, hyper: Hyper, free_lr: float) -> None:
+        """Update weight, moments and memory in place; `free_lr` is the state-free part's rate."""
 
 
 class StateFreeRule(ABC):

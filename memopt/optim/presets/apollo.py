@@ -1,0 +1,125 @@
+"""APOLLO (arXiv 2412.05270): a low-rank Adam says how far each channel of the gradient may go.
+
+    every T steps:  P (r, n), entries N(0, 1/r), n the shorter side
+    R = P G,        N = Adam(R) = m^ / (sqrt(v^) + eps)
+    s[j] = |N[:, j]| / |R[:, j]|            one factor a channel (a column of R); or s = |N| / |R|
+    if |G s|_t > gamma |G s|_t-1:  scale G s down to that;     W <- W - lr alpha G s
+
+APOLLO scales by channel; APOLLO-Mini (`mini=True`) has rank 1 and one factor for the whole matrix.
+Only the factors come from the subspace, so P needs no orthogonal rows. The paper draws P anew from its
+seed in every step and keeps no matrix; here it is kept (rank x n numbers). Its alpha is 1 for
+APOLLO and sqrt(n / 4) up to 128 for Mini, by model width: say it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.optim.frugal import Frugal
+from memopt.optim.presets.fira import LIMITER, adam_direction, limit_growth
+from memopt.optim.presets.galore import with_rank
+from memopt.optim.rules import register_state_full
+from memopt.optim.rules.adamw import AdamW
+from memopt.optim.rules.base import Both, Hyper, JointRule
+from memopt.optim.selections import Choice, register_selection
+from memopt.optim.selections.lowrank import LowRank
+
+_NORM_FLOOR = 1e-8
+
+
+class GaussianProjection(LowRank):
+    """Independent Gaussian rows of variance 1/rank."""
+
+    name = "gaussian"
+
+    def basis(self, choice: Choice, rank: int) -> Tensor:
+        """Draw from a generator of our own."""
+        generator = torch.Generator(device=choice.device)
+        generator.manual_seed(choice.key & (2**63 - 1))
+        size = min(choice.rows, choice.columns)
+        draw: Tensor = torch.randn(rank, size, generator=generator, device=choice.device)
+        return draw.div_(rank**0.5)
+
+    def describe(self) -> str:
+        """One line for tables."""
+        return "random Gaussian projection"
+
+
+class ApolloRule(JointRule):
+    """The equations above."""
+
+    name = "apollo"
+    moments = AdamW.moments
+    memory = (LIMITER,)
+    by_channel = True
+
+    def update_both(self, both: Both, hyper: Hyper, free_lr: float) -> None:
+        """Update in place."""
+        inside = both.cut.gather(both.grad)
+        direction = adam_direction(inside, both.moments, both.step, hyper)
+        dim = 1 if self.by_channel else (0, 1)
+        norms = [torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (direction, inside)]
+        scaled = both.grad * (norms[0] / (norms[1] + _NORM_FLOOR))
+        both.weight.add_(limit_growth(scaled, both.memory[LIMITER]), alpha=-hyper.lr)
+
+    def update(
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        moments: list[list[Tensor]],
+        steps: Sequence[int],
+        hyper: Hyper,
+    ) -> None:
+        """AdamW, for vectors."""
+        AdamW().update(weights, grads, moments, steps, hyper)
+
+
+class ApolloMiniRule(ApolloRule):
+    """One factor a matrix."""
+
+    name = "apollo_mini"
+    by_channel = False
+
+
+register_selection(GaussianProjection())
+register_state_full(ApolloRule())
+register_state_full(ApolloMiniRule())
+
+
+def apollo(
+    groups: Iterable[dict[str, Any]],
+    lr: float = 0.01,
+    *,
+    rank: int | None = None,
+    mini: bool = False,
+    update_gap: int = 200,
+    alpha: float = 1.0,
+    **settings: Any,
+) -> Frugal:
+    """Return APOLLO, or APOLLO-Mini, over the groups of `frugal_groups`; other groups are AdamW.
+
+    Args:
+        groups: parameter groups.
+        lr: learning rate (the paper's: 0.01).
+        rank: the same for all matrices; None takes `density` of the groups, or 1 for Mini.
+        mini: one factor a matrix.
+        update_gap: steps between draws of the projection.
+        alpha: scale of the update.
+        **settings: further arguments of `Frugal`.
+
+    Raises:
+        ValueError: for a rank of a matrix's shorter side or more.
+    """
+    rule = ApolloMiniRule.name if mini else ApolloRule.name
+    chosen = [
+        {**group, "state_full": rule} if group.get("split", True) else group
+        for group in with_rank(groups, 1 if mini and rank is None else rank)
+    ]
+    return Frugal(
+        chosen, lr=lr, update_gap=update_gap, selection=GaussianProjection.name,
+        state_free="none", state_full_lr_scale=alpha, on_switch="keep", **settings,
+    )  # fmt: skip

@@ -1,0 +1,113 @@
+"""Fira (arXiv 2410.01623): Adam in a subspace, and the rest of the gradient at Adam's scale.
+
+    every T steps:  P = the first r singular vectors of G
+    R = P^T G,      N = Adam(R) = m^ / (sqrt(v^) + eps),      S = G - P R
+    phi(S)[:, i] = |N[:, i]| / |R[:, i]| S[:, i]              one factor a column of R
+    if |phi(S_t)| > gamma |phi(S_t-1)|:  phi(S_t) <- gamma |phi(S_t-1)| phi(S_t) / |phi(S_t)|
+    W <- W - lr alpha (P N + phi(S))
+
+The last two norms are over the matrix; the limiter's one number is kept in the state. Columns of R
+run over the longer side of the weight. The moments stay as they are when P changes, as in GaLore,
+whose groups and rank this takes. (The published code limits phi before the bias correction of N,
+which differs in the first steps only.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.optim.frugal import Frugal
+from memopt.optim.presets.galore import with_rank
+from memopt.optim.rules import register_state_full
+from memopt.optim.rules.adamw import AdamW
+from memopt.optim.rules.base import Both, Hyper, JointRule
+
+GAMMA = 1.01
+_NORM_FLOOR = 1e-8  # as in the published code: a row without gradient is not scaled
+LIMITER = "limiter_norm"
+
+
+def adam_direction(grad: Tensor, moments: Sequence[Tensor], step: int, hyper: Hyper) -> Tensor:
+    """Update Adam's moments in place; return `m^ / (sqrt(v^) + eps)`."""
+    mean, square = moments
+    mean.lerp_(grad, 1 - hyper.beta1)
+    square.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
+    denominator = (square / (1 - hyper.beta2**step)).sqrt_().add_(hyper.eps)
+    direction: Tensor = mean / denominator / (1 - hyper.beta1**step)
+    return direction
+
+
+def limit_growth(update: Tensor, last_norm: Tensor) -> Tensor:
+    """Scale an update down where its norm exceeds GAMMA times the last one's; remember its norm."""
+    norm = torch.linalg.vector_norm(update, dtype=torch.float32).view(1)
+    allowed = torch.where(last_norm > 0, GAMMA * last_norm, norm)
+    factor = (allowed / norm.clamp_min(_NORM_FLOOR)).clamp_max(1.0)
+    last_norm.copy_(norm * factor)
+    return update * factor.to(update.dtype)
+
+
+class FiraRule(JointRule):
+    """The equations above."""
+
+    name = "fira"
+    moments = AdamW.moments
+    memory = (LIMITER,)
+
+    def update_both(self, both: Both, hyper: Hyper, free_lr: float) -> None:
+        """Update in place."""
+        inside = both.cut.gather(both.grad)
+        direction = adam_direction(inside, both.moments, both.step, hyper)
+        norms = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (direction, inside)]
+        scaled = both.cut.complement(both.grad) * (norms[0] / (norms[1] + _NORM_FLOOR))
+        both.weight.add_(limit_growth(scaled, both.memory[LIMITER]), alpha=-free_lr)
+        both.cut.put(both.weight, direction.mul_(-hyper.lr))
+
+    def update(
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        moments: list[list[Tensor]],
+        steps: Sequence[int],
+        hyper: Hyper,
+    ) -> None:
+        """AdamW, for vectors."""
+        AdamW().update(weights, grads, moments, steps, hyper)
+
+
+register_state_full(FiraRule())
+
+
+def fira(
+    groups: Iterable[dict[str, Any]],
+    lr: float = 0.01,
+    *,
+    rank: int | None = None,
+    update_gap: int = 200,
+    alpha: float = 0.25,
+    **settings: Any,
+) -> Frugal:
+    """Return Fira over the groups of `frugal_groups`; other groups are AdamW.
+
+    Args:
+        groups: parameter groups.
+        lr: learning rate (the paper's: 0.01).
+        rank: the same for all matrices; None takes `density` of the groups.
+        update_gap: steps between decompositions.
+        alpha: the scale of the whole update.
+        **settings: further arguments of `Frugal`.
+
+    Raises:
+        ValueError: for a rank of a matrix's shorter side or more.
+    """
+    chosen = [
+        {**group, "state_full": FiraRule.name} if group.get("split", True) else group
+        for group in with_rank(groups, rank)
+    ]
+    return Frugal(
+        chosen, lr=lr, update_gap=update_gap, selection="svd", state_free="none",
+        state_full_lr_scale=alpha, state_free_lr_scale=alpha, on_switch="keep", **settings,
+    )  # fmt: skip
