@@ -37,7 +37,12 @@ _NEEDS = ("transformers", "matplotlib")
     help="Directory for the picture, the report and the figures; the spill file is kept there too.",
 )
 @click.option(
-    "--steps", type=click.IntRange(min=2), default=10, show_default=True, help="Steps per run."
+    "--steps", type=click.IntRange(min=2), default=8, show_default=True, help="Steps per run."
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Compute threads of both runs; without it half of the CPUs that are idle now, at most 8.",
 )
 @click.option(
     "--share",
@@ -49,7 +54,9 @@ _NEEDS = ("transformers", "matplotlib")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON; progress goes to stderr."
 )
-def demo_command(output: Path, steps: int, share: float, *, as_json: bool) -> None:
+def demo_command(
+    output: Path, steps: int, threads: int | None, share: float, *, as_json: bool
+) -> None:
     """Train a small Llama plain and in 40 % of the memory; compare them bit by bit."""
     from rich.console import Console
 
@@ -58,7 +65,8 @@ def demo_command(output: Path, steps: int, share: float, *, as_json: bool) -> No
 
     output.mkdir(parents=True, exist_ok=True)
     people = Console(stderr=as_json)
-    result = run_both(DemoConfig(num_steps=steps), share, output.resolve(), people)
+    config = DemoConfig(num_steps=steps, num_threads=threads or sensible_threads())
+    result = run_both(config, share, output.resolve(), people)
     _write(result, output)
     if as_json:
         click.echo(json.dumps(summary(result)))
@@ -66,6 +74,18 @@ def demo_command(output: Path, steps: int, share: float, *, as_json: bool) -> No
         _show(result, output, people)
     if not (result["losses_equal"] and result["weights_equal"] and result["within_budget"]):
         raise click.ClickException(_what_failed(result))
+
+
+def sensible_threads() -> int:
+    """Return half of the CPUs that are idle now, from 1 to 8.
+
+    The threads of an op wait for each other at its end. Where another program holds one of their
+    CPUs all wait for that one: with two threads on two busy CPUs a step took three times as long as
+    with one thread (benchmarks/LOG.md).
+    """
+    from memopt.memory.machine import num_idle_cpus
+
+    return max(1, min(8, int(num_idle_cpus()) // 2))
 
 
 def _check_extras() -> None:

@@ -43,7 +43,8 @@ class DemoConfig:
     activations are most of the plain step's peak, as they are for large models.
     """
 
-    num_steps: int = 10
+    num_steps: int = 8
+    num_threads: int = 1
     device_bytes: int | None = None
     ssd: str | None = None
     report_file: str | None = None
@@ -138,6 +139,7 @@ def digest(model: torch.nn.Module) -> str:
 
 def train(config: DemoConfig, emit: Any) -> None:
     """Train and report every step; the loop inside is the same with and without memopt."""
+    torch.set_num_threads(config.num_threads)
     over_time = MemoryOverTime()
     with AccountedMemory(on_sample=over_time.saw) as accounted:
         model = build_model(config)

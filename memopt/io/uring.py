@@ -207,7 +207,7 @@ class UringEngine(Engine):
         """
         engine = cls(queue_depth=queue_depth, block_bytes=block_bytes, sqpoll=sqpoll)
         try:
-            _probe(engine, directory)
+            prove(engine, directory)
         except OSError as error:
             engine.close()
             raise IoEngineUnavailable(f"io_uring: a test block failed: {error}") from error
@@ -340,7 +340,12 @@ def _release(native: Any, ring: Any, pid: int) -> None:
         native.lib.memopt_uring_abandon(ring)
 
 
-def _probe(engine: UringEngine, directory: str | os.PathLike[str] | None) -> None:
+def prove(engine: Engine, directory: str | os.PathLike[str] | None) -> None:
+    """Write one block and read it back, in `directory` or in an anonymous memory file.
+
+    Raises:
+        OSError: that failed, or the block that came back is another one.
+    """
     if directory is None:
         fd = os.memfd_create("memopt-probe", os.MFD_CLOEXEC)
         file = IoFile(path="(memory file)", buffered_fd=fd)

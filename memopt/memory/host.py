@@ -58,6 +58,12 @@ def host_facts(*, proc: Path = Path("/proc/self"), root: Path = Path("/")) -> Ho
     return HostFacts(limit_bytes=limit_bytes, free_bytes=free_bytes)
 
 
+def cgroup_version(*, proc: Path = Path("/proc/self"), root: Path = Path("/")) -> int | None:
+    """Return 1 or 2, the version of the cgroups that can limit memory here; None where there are none."""
+    files = [files for _, _, files in _cgroup_mounts(proc, root)]
+    return None if not files else 2 if _V2 in files else 1
+
+
 def resolve_budget(
     budget: Budget | None, *, device_free_bytes: int, device_total_bytes: int, device_is_host: bool
 ) -> ResolvedBudget:

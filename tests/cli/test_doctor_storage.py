@@ -32,6 +32,21 @@ def test_io_uring_is_tried_with_a_real_block():
     check = one(storage.engines(Context()))
     assert check.status == "ok"
     assert check.figures["io_uring"] is True
+    assert "a memory file" in check.found
+
+
+def test_the_block_is_written_where_the_bytes_will_go(tmp_path, monkeypatch):
+    asked = []
+    open_engine = memopt.io.open_engine
+
+    def watch(engine="auto", *, directory=None, **more):
+        asked.append((engine, directory))
+        return open_engine("threads", **more)
+
+    monkeypatch.setattr(memopt.io, "open_engine", watch)
+    check = one(storage.engines(Context(ssd=["/no/such/place", f"{tmp_path}:1MiB"])))
+    assert asked == [("io_uring", str(tmp_path))]
+    assert str(tmp_path) in check.found
 
 
 @pytest.fixture

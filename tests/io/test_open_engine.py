@@ -46,7 +46,7 @@ def test_a_probe_that_fails_is_a_reason(tmp_path, monkeypatch):
     def refuse(*_args):
         raise OSError(5, "Input/output error: write at offset 0")
 
-    monkeypatch.setattr(uring, "_probe", refuse)
+    monkeypatch.setattr(uring, "prove", refuse)
     with open_engine("auto", directory=tmp_path) as engine:
         assert engine.name == "threads"
         assert "a test block failed" in engine.reason

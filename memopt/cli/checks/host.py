@@ -24,8 +24,7 @@ def memory(context: Context) -> Sequence[Check]:
     proc = context.root / "proc/self"
     machine_bytes = int(psutil.virtual_memory().total)
     facts = host.host_facts(proc=proc, root=context.root)
-    mounts = host._cgroup_mounts(proc, context.root)
-    version = next((2 if files is host._V2 else 1 for _, _, files in mounts), None)
+    version = host.cgroup_version(proc=proc, root=context.root)
     limited = facts.limit_bytes < machine_bytes
     figures = {
         "machine_bytes": machine_bytes,

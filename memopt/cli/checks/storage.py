@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,18 +21,21 @@ _DRIFT = 0.25
 def engines(context: Context) -> Sequence[Check]:
     """Whether io_uring works, by writing and reading a real block; else the same of the threads engine."""
     from memopt.io import open_engine
-    from memopt.io.uring import _probe
+    from memopt.io.uring import prove
     from memopt.types.errors import IoEngineUnavailable
 
+    directory = _first_usable(context.ssd)
     figures: dict[str, Any] = {
+        "directory": directory,
         "io_uring_disabled": context.read("proc/sys/kernel/io_uring_disabled"),
         "seccomp": _status(context, "Seccomp"),
         "kernel": os.uname().release,
     }
     try:
-        open_engine("io_uring").close()
+        open_engine("io_uring", directory=directory).close()
         figures["io_uring"] = True
-        found = "io_uring: a test block was written and read back"
+        where = directory or "a memory file (no directory was named)"
+        found = f"io_uring: a block was written to {where} and read back"
         return [Check(name="I/O engine", status="ok", found=found, figures=figures)]
     except IoEngineUnavailable as error:
         reason = str(error)
@@ -39,12 +43,23 @@ def engines(context: Context) -> Sequence[Check]:
     todo = uring_todo(reason, figures["io_uring_disabled"])
     try:
         with open_engine("threads") as engine:
-            _probe(engine, None)  # type: ignore[arg-type]  # it uses what every engine has
+            prove(engine, directory)
     except OSError as error:
         found = f"{reason}; threads: {error}"
         return [Check(name="I/O engine", status="broken", found=found, todo=todo, figures=figures)]
     found = f"threads (works, but takes Python's lock); {reason}"
     return [Check(name="I/O engine", status="weak", found=found, todo=todo, figures=figures)]
+
+
+def _first_usable(requests: Sequence[str]) -> str | None:
+    """Return the first directory that can be used, if any; what is wrong with the others is said elsewhere."""
+    from memopt.cli.probe import parse_directories
+    from memopt.types.errors import ConfigError
+
+    for request in requests:
+        with contextlib.suppress(ConfigError):
+            return parse_directories([request])[0][0]
+    return None
 
 
 def uring_todo(reason: str, disabled: str | None) -> str:
@@ -257,7 +272,7 @@ def cache(context: Context) -> Sequence[Check]:
     try:
         paths = [path for path, _ in parse_directories(context.ssd)]
     except ConfigError:
-        paths = []  # said of the directory itself
+        paths = []  # what is wrong with it is said of the directory itself
     device = torch.device("cuda", context.gpus[0].index) if context.gpus else torch.device("cpu")
     with open_engine("auto") as engine:
         kept = KeptRates.find(device, paths, engine.name, store)
