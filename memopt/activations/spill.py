@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ class SpillArea:
     def stage(self, nbytes: int, *, wait: bool = True) -> HostBuffer | None:
         """Return a staging buffer, waiting for the oldest writes while there is none."""
         self.poll()
-        while (buffer := self.staging.try_take(nbytes)) is None:
+        while (buffer := self.staging.try_take(nbytes, wait_events=wait)) is None:
             if not wait or not self._writing:
                 return None
             self._retire(self._writing.popleft())
@@ -63,8 +64,12 @@ class SpillArea:
     def begin_write(self, extent: Any, buffer: HostBuffer) -> Any:
         """Write a staging buffer out; it returns to the pool when the write is over."""
         ticket = self.store.write(extent, buffer.memoryview)
-        self._writing.append(_Write(ticket, buffer))
+        self.watch(ticket, buffer)
         return ticket
+
+    def watch(self, ticket: Any, buffer: HostBuffer) -> None:
+        """Take charge of a write under way and of the buffer that it empties."""
+        self._writing.append(_Write(ticket, buffer))
 
     def write_after(self, event: Any, extent: Any, buffer: HostBuffer) -> Any:
         """Write a staging buffer out once a CUDA event has passed."""
@@ -75,7 +80,7 @@ class SpillArea:
             self.store.write(extent, buffer.memoryview).wait()
 
         ticket = _Chained(self._waiter.submit(chain))
-        self._writing.append(_Write(ticket, buffer))
+        self.watch(ticket, buffer)
         return ticket
 
     def free_after(self, ticket: Any, extent: Any) -> None:
@@ -214,6 +219,13 @@ class SpillStored:
         region may ask again.
         """
         del keep
+        begin_s = time.perf_counter()
+        try:
+            return self._land()
+        finally:
+            self._moved.waited_on_cpu(begin_s)
+
+    def _land(self) -> Tensor:
         if self._home is not None:
             return self._home.clone()
         if self._reading is None:

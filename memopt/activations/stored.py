@@ -7,7 +7,7 @@ keeps them alive. Transfers to host memory and SSD are in `cuda.py` and `spill.p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,6 +46,14 @@ class Stored(Protocol):
 
     def settle(self) -> None:
         """Become independent of files: the session closes while a graph still lives."""
+
+
+@runtime_checkable
+class LateFailing(Protocol):
+    """A Stored whose `take` returns before it is known whether the bytes arrived."""
+
+    def check(self) -> None:
+        """Wait until it is known; raise what went wrong."""
 
 
 class DeviceStored:
@@ -122,6 +130,8 @@ class Checked:
         """Return the tensor or raise RoundTripError."""
         tensor = self._inner.take(keep=keep)
         if not torch.equal(digest(tensor), self._digest):
+            if isinstance(self._inner, LateFailing):
+                self._inner.check()
             raise RoundTripError(
                 f"{self._label}: {self.nbytes:,} bytes came back different from what was stored; "
                 "the memory or disk it went through, or a write that PyTorch does not see, "

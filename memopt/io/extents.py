@@ -199,7 +199,7 @@ class ExtentStore:
         offset: int = 0,
         when_over: RawBuffer | None = None,
     ) -> Ticket:
-        """Start filling ``buffer`` from byte ``offset`` of ``extent``; see :meth:`read_batch` (``when_over``: ``Engine.submit``)."""
+        """Start filling ``buffer`` from byte ``offset`` of ``extent``; see :meth:`read_batch`, :class:`Engine`."""
         return self._submit(
             "read",
             [(extent, buffer, offset)],

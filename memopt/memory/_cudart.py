@@ -1,4 +1,4 @@
-"""The four CUDA runtime calls that page-locking needs, from the very library that torch has loaded.
+"""The CUDA runtime calls that page-locking needs, from the very library that torch has loaded.
 
 A registration that CUDA refuses leaves an error behind that would surface at the user's next, innocent CUDA call, so it
 is read and cleared (``cudaGetLastError``) at once, in the thread that met it. ctypes releases Python's lock around each
@@ -33,7 +33,7 @@ class LoadedCudart:
     """The CUDA runtime through ctypes, for one device."""
 
     def __init__(self, library: Any, device_index: int) -> None:
-        self._library = library
+        self.library = library
         self._device_index = device_index
         library.cudaHostRegister.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
         library.cudaHostUnregister.argtypes = (ctypes.c_void_p,)
@@ -41,29 +41,29 @@ class LoadedCudart:
 
     def host_register(self, address: int, nbytes: int) -> str:
         """See :class:`Cudart`."""
-        return self._checked(
-            lambda: self._library.cudaHostRegister(address, nbytes, _REGISTER_PORTABLE)
+        return self.checked(
+            lambda: self.library.cudaHostRegister(address, nbytes, _REGISTER_PORTABLE)
         )
 
     def host_unregister(self, address: int) -> str:
         """See :class:`Cudart`."""
-        return self._checked(lambda: self._library.cudaHostUnregister(address))
+        return self.checked(lambda: self.library.cudaHostUnregister(address))
 
     def synchronize(self) -> str:
         """See :class:`Cudart`."""
-        return self._checked(self._library.cudaDeviceSynchronize)
+        return self.checked(self.library.cudaDeviceSynchronize)
 
-    def _checked(self, call: Any) -> str:
-        """Run ``call`` for the pool's device and restore the thread's own; a worker thread starts on device 0."""
+    def checked(self, call: Any) -> str:
+        """Run ``call`` for this device and restore the thread's own; a worker thread starts on device 0."""
         before = ctypes.c_int()
-        self._library.cudaGetDevice(ctypes.byref(before))
-        code = self._library.cudaSetDevice(self._device_index)
+        self.library.cudaGetDevice(ctypes.byref(before))
+        code = self.library.cudaSetDevice(self._device_index)
         code = code or call()
-        text = "" if code == 0 else self._library.cudaGetErrorName(code).decode()
+        text = "" if code == 0 else self.library.cudaGetErrorName(code).decode()
         if before.value != self._device_index:
-            self._library.cudaSetDevice(before.value)
+            self.library.cudaSetDevice(before.value)
         if code:
-            self._library.cudaGetLastError()
+            self.library.cudaGetLastError()
         return text
 
 

@@ -1,0 +1,207 @@
+"""A CUDA tensor in an extent that goes out and comes back over the native chain (chain.py)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memopt.activations.cuda import Landing
+from memopt.activations.tensors import flat_elements, nbytes_of, shared_alias
+from memopt.io import ExtentStoreFull, RawBuffer
+from memopt.memory.pinned import HostBuffer
+
+if TYPE_CHECKING:
+    from memopt.activations.chain import Chain
+    from memopt.activations.cuda import CudaTransfers, Outgoing
+    from memopt.activations.stored import Label, Stored
+
+
+class ChainStored:
+    """One CUDA tensor in an extent; its pieces are under way in either direction without the host."""
+
+    _allocate = staticmethod(torch.empty_strided)
+
+    def __init__(self, source: Tensor, transfers: CudaTransfers, extent: Any) -> None:
+        assert transfers.spill is not None
+        assert transfers.chain is not None
+        self.nbytes = nbytes_of(source)
+        self._transfers = transfers
+        self._area = transfers.spill
+        self._chain: Chain = transfers.chain
+        self._extent = extent
+        self._outgoing: Outgoing | None = None
+        self._writes: list[Any] = []
+        self._shape = source.shape
+        self._stride = source.stride()
+        self._dtype = source.dtype
+        self._landing: Landing | None = None
+        self._begun_bytes = 0
+        self._is_waiting = False
+        self._home: Tensor | None = None
+
+    # - Out
+
+    @classmethod
+    def begin(
+        cls, tensor: Tensor, transfers: CudaTransfers, label: Label, *, clone: bool
+    ) -> Stored | None:
+        """Start the way out; None when there is no extent or staging for it."""
+        area, chain = transfers.spill, transfers.chain
+        assert area is not None
+        assert chain is not None
+        nbytes = nbytes_of(tensor)
+        try:
+            extent = area.store.alloc(nbytes)
+        except ExtentStoreFull:
+            return None
+        try:
+            buffer = area.stage(min(nbytes, chain.piece_bytes))
+        except BaseException:
+            area.store.free(extent)
+            raise
+        if buffer is None:
+            area.store.free(extent)
+            return None
+        source = tensor.clone() if clone else shared_alias(tensor)
+        stored = cls(source, transfers, extent)
+        return stored if stored._send(source, buffer, label) else None
+
+    def _send(self, source: Tensor, buffer: HostBuffer | None, label: Label) -> bool:
+        """Queue every piece's copy and write; the source is held until the last copy has read it."""
+        transfers, area, chain = self._transfers, self._area, self._chain
+        stream = transfers.begin_out(self.nbytes)
+        try:
+            for offset in range(0, self.nbytes, chain.piece_bytes):
+                size = min(chain.piece_bytes, self.nbytes - offset)
+                buffer = buffer or area.stage(size)
+                if buffer is None:
+                    return False
+                self._send_piece(source, stream, buffer, offset)
+                buffer = None
+        finally:
+            self._outgoing = transfers.end_out(source, label)
+        transfers.moved.ssd_write_bytes += self.nbytes
+        return True
+
+    def _send_piece(self, source: Tensor, stream: Any, buffer: HostBuffer, offset: int) -> None:
+        try:
+            self._chain.copy(stream, buffer.address, source.data_ptr() + offset, buffer.nbytes)
+            ticket = self._chain.write(stream.record_event(), self._extent, buffer, offset)
+        except BaseException:
+            buffer.release()
+            raise
+        self._area.watch(ticket, buffer)
+        self._writes.append(ticket)
+
+    def protect(self) -> None:
+        """Order the program's write after the copy out."""
+        if self._outgoing is not None:
+            self._transfers.protect(self._outgoing)
+            self._outgoing = None
+
+    # - In
+
+    def prefetch(self) -> int:
+        """Queue the way in, as far as there is staging; the rest follows as staging becomes free."""
+        if self._extent is None:
+            return 0
+        if not self._is_waiting and self._begun_bytes < self.nbytes:
+            self._is_waiting = True
+            self._chain.later(self)
+            self._chain.pump()
+        return self.nbytes if self._landing is not None else 0
+
+    def advance(self, *, wait: bool) -> bool:
+        """Queue the pieces that there is staging for; return whether nothing (more) is asked for."""
+        if self._extent is None or not (wait or self._is_waiting):
+            return True
+        if not self._written(wait=wait):
+            return False
+        while self._begun_bytes < self.nbytes:
+            size = min(self._chain.piece_bytes, self.nbytes - self._begun_bytes)
+            buffer = self._area.stage(size, wait=wait)
+            if buffer is None:
+                return False
+            self._land(buffer)
+        self._is_waiting = False
+        return True
+
+    def _written(self, *, wait: bool) -> bool:
+        """Whether every write is over; raises one that failed."""
+        while self._writes:
+            if not wait and not self._writes[0].done():
+                return False
+            self._writes[0].wait()
+            self._writes.pop(0)
+        return True
+
+    def _land(self, buffer: HostBuffer) -> None:
+        """Queue one piece's way to its place in the landing tensor."""
+        transfers = self._transfers
+        landing = self._landing
+        if landing is None:
+            compute = torch.cuda.current_stream(transfers.device)
+            tensor = self._new_tensor()
+            allocated = compute.record_event()
+            self._chain.in_stream.wait_event(allocated)
+            landing = self._landing = Landing(tensor, allocated, compute)
+        assert landing.tensor is not None
+        offset = self._begun_bytes
+        self._begun_bytes += buffer.nbytes
+        transfers.moved.ssd_read_bytes += buffer.nbytes
+        transfers.moved.h2d_bytes += buffer.nbytes
+        landing.event = self._chain.read(
+            self._extent, buffer, offset, landing.tensor.data_ptr() + offset
+        )
+
+    def take(self, *, keep: bool) -> Tensor:
+        """Return the tensor; the current stream waits for its last piece. The extent stays until the graph lets go."""
+        del keep
+        if self._home is None and not self.advance(wait=True):
+            self.settle()
+        if self._home is not None:
+            tensor = self._new_tensor()
+            flat_elements(tensor).copy_(self._home)
+            return tensor
+        landing, self._landing = self._landing, None
+        assert landing is not None
+        self._begun_bytes, self._is_waiting = 0, False
+        self._chain.poll()
+        self._chain.check_when_backward_ends()
+        self._chain.pump()
+        self._transfers.wait_timed(landing.event, "fetch")
+        return landing.take()
+
+    def check(self) -> None:
+        """Raise the failure of a read whose bytes were handed out already."""
+        self._chain.check()
+
+    # - The end
+
+    def settle(self) -> None:
+        """Read the tensor into host memory and give its extent back."""
+        if self._extent is None:
+            return
+        self._landing = None
+        self._written(wait=True)
+        flat = torch.empty(self.nbytes, dtype=torch.uint8)
+        memory = RawBuffer(address=flat.data_ptr(), nbytes=self.nbytes, owner=flat)
+        self._area.store.read(self._extent, memory).wait()
+        self._home = flat.view(self._dtype)
+        self._free()
+
+    def _new_tensor(self) -> Tensor:
+        return self._allocate(
+            self._shape, self._stride, dtype=self._dtype, device=self._transfers.device
+        )
+
+    def _free(self) -> None:
+        if self._extent is not None:
+            extent, self._extent = self._extent, None
+            self._area.store.free(extent)
+
+    def __del__(self) -> None:
+        """Give the extent back when the graph that needed it is gone; what is under way ends by itself."""
+        self._free()

@@ -1,0 +1,204 @@
+"""Stream calls that PyTorch does not offer: a host function, a wait for a word in host memory, a copy by address.
+
+A CUDA *host function* runs when everything before it in its stream is over; memopt's storage engine has one in C that
+queues a prepared write, so no Python thread waits for copies. A *wait for a word* (``cuStreamWaitValue32``) holds a
+stream up until a 32-bit word in page-locked memory is 1; the storage engine sets it when a read is over, so the copy to
+the device is queued before the bytes are there. CUDA does not see that dependency, so two rules keep it from deadlock:
+the read is in the disk's queue before the wait is in the stream's, and nothing that CUDA does can hold the read up.
+
+The driver's call is probed with a real wait: it must hold the stream, and let go of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections import deque
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from memopt.memory._cudart import LoadedCudart, load_cudart
+from memopt.memory.pinned import HostPool
+
+__all__ = ["CudaStreamCalls", "StreamCalls", "Word", "Words", "open_stream_calls"]
+
+_COPY_BY_ADDRESS = 4  # cudaMemcpyDefault: the direction follows from the addresses
+_WAIT_UNTIL_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
+_WORD_STRIDE_BYTES = (
+    64  # a cache line each: the GPU polls one while the disk's thread writes another
+)
+_PROBE_S = 5.0
+
+
+class StreamCalls(Protocol):
+    """Each call returns an empty string, or the error's name. ``stream`` is a ``cudaStream_t``."""
+
+    def launch_host_function(self, stream: int, function: int, argument: int) -> str:
+        """Call the C function ``void (*)(void *)`` with ``argument`` when the stream gets there."""
+
+    def wait_for_word(self, stream: int, device_address: int) -> str:
+        """Hold the stream up until the word is 1."""
+
+    def copy(self, stream: int, destination: int, source: int, nbytes: int) -> str:
+        """Copy ``nbytes`` between device and page-locked host memory."""
+
+    def device_address(self, host_address: int) -> tuple[int, str]:
+        """Return where the device sees a byte of page-locked memory."""
+
+
+class CudaStreamCalls:
+    """The calls of the CUDA runtime that torch has loaded, and of the driver under it, for one device."""
+
+    def __init__(self, cudart: LoadedCudart, wait_value: Any) -> None:
+        self._cudart = cudart
+        library = cudart.library
+        library.cudaLaunchHostFunc.argtypes = (ctypes.c_void_p,) * 3
+        library.cudaMemcpyAsync.argtypes = (
+            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p,
+        )  # fmt: skip
+        library.cudaHostGetDevicePointer.argtypes = (
+            ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint,
+        )  # fmt: skip
+        wait_value.argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint)
+        self._wait_value = wait_value
+
+    def launch_host_function(self, stream: int, function: int, argument: int) -> str:
+        """See :class:`StreamCalls`."""
+        return self._cudart.checked(
+            lambda: self._cudart.library.cudaLaunchHostFunc(stream, function, argument)
+        )
+
+    def wait_for_word(self, stream: int, device_address: int) -> str:
+        """See :class:`StreamCalls`."""
+        code = self._wait_value(stream, device_address, 1, _WAIT_UNTIL_EQUAL)
+        return "" if code == 0 else f"cuStreamWaitValue32 returned {code}"
+
+    def copy(self, stream: int, destination: int, source: int, nbytes: int) -> str:
+        """See :class:`StreamCalls`."""
+        return self._cudart.checked(
+            lambda: self._cudart.library.cudaMemcpyAsync(
+                destination, source, nbytes, _COPY_BY_ADDRESS, stream
+            )
+        )
+
+    def device_address(self, host_address: int) -> tuple[int, str]:
+        """See :class:`StreamCalls`."""
+        out = ctypes.c_void_p()
+        error = self._cudart.checked(
+            lambda: self._cudart.library.cudaHostGetDevicePointer(
+                ctypes.byref(out), host_address, 0
+            )
+        )
+        return out.value or 0, error
+
+
+class Word:
+    """One 32-bit word in page-locked memory, 0 until somebody sets it to 1."""
+
+    __slots__ = ("_memory", "address", "device_address")
+
+    def __init__(self, memory: Any, address: int, device_address: int) -> None:
+        self._memory = memory
+        self.address = address
+        self.device_address = device_address
+
+    @property
+    def owner(self) -> Any:
+        """What keeps the memory alive."""
+        return self._memory
+
+    def set(self, value: int) -> None:
+        """Store a value (0: before use)."""
+        self._memory[0] = value
+
+
+class Words:
+    """A fixed number of words; one that is given back is handed out again when its event has passed."""
+
+    def __init__(self, pool: HostPool, calls: StreamCalls, *, num_words: int = 1024) -> None:
+        self._pool = pool
+        self._buffer = pool.take(num_words * _WORD_STRIDE_BYTES)
+        self._cooling: deque[tuple[Any, Word]] = deque()
+        self._free: list[Word] = []
+        self.reason = "" if self._buffer.is_locked else "page-locked memory was refused"
+        """Why a device cannot see the words; empty when it can."""
+        if not self.reason:
+            self._make(calls, num_words)
+
+    def _make(self, calls: StreamCalls, num_words: int) -> None:
+        base, error = calls.device_address(self._buffer.address)
+        if error:
+            self.reason = f"the device does not see page-locked memory: {error}"
+            return
+        memory = np.frombuffer(self._buffer.memoryview, dtype=np.uint32)
+        step = _WORD_STRIDE_BYTES // 4
+        self._free = [
+            Word(
+                memory[i * step : i * step + 1],
+                self._buffer.address + i * _WORD_STRIDE_BYTES,
+                base + i * _WORD_STRIDE_BYTES,
+            )
+            for i in range(num_words)
+        ]
+
+    def take(self) -> Word | None:
+        """Return a word that is 0, or None while all are in use."""
+        while self._cooling and self._cooling[0][0].query():
+            self._free.append(self._cooling.popleft()[1])
+        if not self._free:
+            return None
+        word = self._free.pop()
+        word.set(0)
+        return word
+
+    def give(self, word: Word, event: Any = None) -> None:
+        """Take a word back; ``event`` passes when no stream waits for it any more, in the order of the calls."""
+        if event is None:
+            self._free.append(word)
+        else:
+            self._cooling.append((event, word))
+
+    def close(self) -> None:
+        """Give the memory back; nothing may wait for a word any more."""
+        self._free.clear()
+        self._cooling.clear()
+        self._buffer.release()
+        self._pool.close()
+
+
+def open_stream_calls(device: torch.device) -> tuple[CudaStreamCalls | None, str]:
+    """Return the calls, proven by a wait that holds and ends, or None and why there are none."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    cudart, reason = load_cudart(index)
+    if not isinstance(cudart, LoadedCudart):
+        return None, reason
+    try:
+        wait_value = ctypes.CDLL("libcuda.so.1").cuStreamWaitValue32_v2
+        calls = CudaStreamCalls(cudart, wait_value)
+    except (OSError, AttributeError) as error:
+        return None, f"the driver or runtime lacks a stream call: {error}"
+    reason = _probe(calls, device)
+    return (None, reason) if reason else (calls, "")
+
+
+def _probe(calls: CudaStreamCalls, device: torch.device) -> str:
+    """Let a stream wait for a word that is set a moment later; return what was wrong with that."""
+    words = Words(HostPool(_WORD_STRIDE_BYTES * 64, register=True), calls, num_words=2)
+    word = words.take()
+    reason = words.reason
+    if word is not None:
+        stream = torch.cuda.Stream(device)
+        reason = calls.wait_for_word(stream.cuda_stream, word.device_address)
+        event = stream.record_event()
+        time.sleep(0.001)
+        if not reason and event.query():
+            reason = "a stream did not wait for a word"
+        word.set(1)
+        end = time.monotonic() + _PROBE_S
+        while not event.query():
+            if time.monotonic() > end:  # the words stay: closing would wait for this stream
+                return "a stream that waited for a word did not go on when it was set"
+    words.close()
+    return reason
