@@ -23,7 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "libmemopt_cuda.so"
 STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest one that memopt runs on
-SOURCES = ("csrc/cuda/frugal_step.cu", "csrc/cuda/frugal_clock.cu", "csrc/torch/ops.cpp")
+SOURCES = (
+    "csrc/cuda/frugal_step.cu",
+    "csrc/cuda/frugal_clock.cu",
+    "csrc/cuda/batched_copy.cu",
+    "csrc/torch/ops.cpp",
+)
 
 
 def find_nvcc() -> str:

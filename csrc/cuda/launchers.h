@@ -102,6 +102,23 @@ typedef struct {
 
 cudaError_t memopt_frugal_clock(const memopt_frugal_clock_args* args, cudaStream_t stream);
 
+/* Copies between device and page-locked host memory, in no order among themselves; the arrays are read before the call
+ * returns. These two are called by name (memopt/ops/copies.py), so they are visible. */
+typedef struct {
+  void* const* destinations;
+  const void* const* sources;
+  const size_t* sizes;
+  size_t count;
+} memopt_copies;
+
+#define MEMOPT_VISIBLE __attribute__((visibility("default")))
+
+/* Whether `batched` works: runtime (when built) and driver (now) have cudaMemcpyBatchAsync. */
+MEMOPT_VISIBLE int memopt_copy_has_batches(void);
+
+/* batched: one call; `stream` must not be the legacy default stream. Else one call a copy, from C. */
+MEMOPT_VISIBLE cudaError_t memopt_copy(const memopt_copies* copies, int batched, cudaStream_t stream);
+
 #if defined(__cplusplus)
 }
 #endif

@@ -16,11 +16,14 @@ Streams are looked up when used, never cached across devices.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from memopt.activations.batch import LARGE_BYTES, CopiesIn, can_batch
 from memopt.activations.chain import Chain, open_chain
 from memopt.activations.spill import SpillArea
 from memopt.activations.stored import Label, Stored
@@ -90,6 +93,7 @@ class CudaTransfers:
         """The native way to SSD, or None and why transfers are driven from Python ("": there is no SSD)."""
         self.out_stream = torch.cuda.Stream(device)
         self.in_stream = torch.cuda.Stream(device)
+        self._copies_in: CopiesIn | None = None
         self._outgoing: deque[Outgoing] = deque()
         self._outgoing_bytes = 0
         self._waits: deque[tuple[Any, Any, str]] = deque()
@@ -153,13 +157,35 @@ class CudaTransfers:
         """Start a copy to the device into a new tensor."""
         compute = torch.cuda.current_stream(self.device)
         tensor = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
+        nbytes = nbytes_of(tensor)
+        if self._copies_in is not None:
+            if buffer.is_locked and nbytes < LARGE_BYTES:
+                self.moved.h2d_bytes += nbytes
+                event = self._copies_in.add(tensor.data_ptr(), buffer.address, nbytes)
+                return Landing(tensor, event, compute)
+            self._copies_in.flush()  # in the order of asking
         self.in_stream.wait_event(compute.record_event())
         with torch.cuda.stream(self.in_stream):
             flat = flat_elements(tensor)
             flat.copy_(buffer.tensor(dtype, (flat.numel(),)), non_blocking=True)
             event = self.in_stream.record_event()
-        self.moved.h2d_bytes += nbytes_of(tensor)
+        self.moved.h2d_bytes += nbytes
         return Landing(tensor, event, compute)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Queue the small copies in that are started inside as batches; nothing may be taken inside."""
+        if self._copies_in is not None or not can_batch():
+            yield
+            return
+        batches = self._copies_in = CopiesIn(
+            self.in_stream, lambda: torch.cuda.current_stream(self.device)
+        )
+        try:
+            yield
+        finally:
+            self._copies_in = None
+            batches.flush()
 
     def wait_timed(self, event: Any, cause: str) -> None:
         """Make the compute stream wait for `event` and note how long it did, and why."""

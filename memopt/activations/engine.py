@@ -324,11 +324,13 @@ class ActivationEngine:
             return
         self.transfers.drain()
         self.transfers.poll()
-        for stored in frame.waiting():
-            stored.prefetch()
+        with self.transfers.together():
+            for stored in frame.waiting():
+                stored.prefetch()
         previous = frame.previous() if frame.previous is not None else None
         if previous is not None:
-            self._fetch_ahead(previous)
+            with self.transfers.together():
+                self._fetch_ahead(previous)
 
     def _fetch_ahead(self, frame: Frame) -> None:
         """Start fetches for the region that backward reaches next, whole tensors, in a window.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,6 +64,9 @@ class Transfers(Protocol):
     def drain(self) -> None:
         """Let go of every source on its way out, before backward needs the room."""
 
+    def together(self) -> AbstractContextManager[None]:
+        """Queue the fetches that are started inside as few transfers; nothing may be taken inside."""
+
     def poll(self) -> None:
         """Free what has arrived and raise the first transfer that failed."""
 
@@ -109,6 +113,10 @@ class CpuTransfers:
 
     def drain(self) -> None:
         """Nothing: staging buffers hold what is on its way."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """Nothing: the storage engine takes reads one by one."""
+        return nullcontext()
 
     def poll(self) -> None:
         """Raise a failed transfer."""
