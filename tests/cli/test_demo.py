@@ -133,6 +133,31 @@ def test_the_demo_is_as_large_as_promised():
     assert config.batch_size * config.sequence_length >= 4096
 
 
+@pytest.mark.parametrize(("idle", "threads"), [(0.0, 1), (2.0, 1), (3.9, 1), (4.0, 2), (64, 8)])
+def test_threads_leave_room_for_others(monkeypatch, idle, threads):
+    monkeypatch.setattr("memopt.memory.machine.num_idle_cpus", lambda: idle)
+    assert demo_module.sensible_threads() == threads
+
+
+@pytest.mark.parametrize(("options", "threads"), [([], 3), (["--threads", "2"], 2)])
+def test_both_runs_get_the_threads(result, monkeypatch, tmp_path, options, threads):
+    seen = []
+
+    def run_both(config, *_):
+        seen.append(config)
+        return result
+
+    monkeypatch.setattr(demo_module, "run_both", run_both)
+    monkeypatch.setattr(demo_module, "sensible_threads", lambda: 3)
+    ran = CliRunner().invoke(main, ["demo", "--output", str(tmp_path), "--json", *options])
+    assert ran.exit_code == 0, ran.output
+    assert seen[0].num_threads == threads
+
+
+def test_the_worker_uses_the_threads_it_is_told(result):
+    assert result["num_threads"] == SMALL.num_threads == 1
+
+
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path):
     ran = CliRunner().invoke(main, ["demo", "--output", str(tmp_path), "--json"])
