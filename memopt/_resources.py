@@ -205,6 +205,8 @@ def open_resources(
     transfers, host = _open_transfers(device, budget, io)
     resources = Resources(device, budget, meter, transfers, host, io, accounted)
     resources.notes.extend(notes)
+    if transfers.chain_reason:
+        resources.notes.append(f"SSD transfers are driven from Python: {transfers.chain_reason}")
     if accounted is not None:
         accounted.__enter__()
         resources.watch_heap(accounted)

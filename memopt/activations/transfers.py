@@ -52,6 +52,8 @@ class Transfers(Protocol):
     moved: Moved
     window_bytes: int
     spill: SpillArea | None
+    chain_reason: str
+    """Why a device's transfers to SSD are driven from Python; empty where they are native, or there are none."""
 
     def store(
         self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool, wait: bool
@@ -95,6 +97,7 @@ class CpuTransfers:
         self.moved = Moved()
         self.window_bytes = window_bytes
         self.spill = spill
+        self.chain_reason = ""
 
     def store(
         self, tensor: Tensor, placement: Placement, label: Label, *, clone_first: bool, wait: bool
