@@ -79,6 +79,8 @@ class Chain:
         self._words = words
         self._reads: deque[Any] = deque()
         self._waiting: deque[weakref.ref[Any]] = deque()
+        self.is_dry = False
+        """Whether staging was all in use when it was asked last: asking for the next tensor would cost time only."""
         self._task = -1
 
     # - Out
@@ -151,11 +153,16 @@ class Chain:
 
     def pump(self) -> None:
         """Go on with the tensors that found no staging or whose writes were not over, in the order of asking."""
-        for _ in range(len(self._waiting)):
-            reference = self._waiting.popleft()
-            waiting = reference()
-            if waiting is not None and not waiting.advance(wait=False):
-                self._waiting.append(reference)
+        kept: list[weakref.ref[Any]] = []
+        self.is_dry = False
+        try:
+            while self._waiting and not self.is_dry:
+                reference = self._waiting.popleft()
+                waiting = reference()
+                if waiting is not None and not waiting.advance(wait=False):
+                    kept.append(reference)
+        finally:
+            self._waiting.extendleft(reversed(kept))
 
     # - Errors and the end
 
@@ -211,7 +218,8 @@ def open_chain(
     calls, reason = open_stream_calls(device)
     if calls is None:
         return None, reason
-    words = Words(HostPool(_NUM_WORDS * 64, register=True), calls, num_words=_NUM_WORDS)
+    pool = HostPool(_NUM_WORDS * 64, register=True, num_threads=1)
+    words = Words(pool, calls, num_words=_NUM_WORDS)
     if words.reason:
         words.close()
         return None, words.reason

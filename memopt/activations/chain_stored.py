@@ -123,6 +123,7 @@ class ChainStored:
             size = min(self._chain.piece_bytes, self.nbytes - self._begun_bytes)
             buffer = self._area.stage(size, wait=wait)
             if buffer is None:
+                self._chain.is_dry = True
                 return False
             self._land(buffer)
         self._is_waiting = False

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 __all__ = ["Cudart", "LoadedCudart", "load_cudart"]
 
-_REGISTER_PORTABLE = 1
+_REGISTER_PORTABLE_MAPPED = 3  # every device may copy from it, and see it
 
 
 class Cudart(Protocol):
@@ -42,7 +42,7 @@ class LoadedCudart:
     def host_register(self, address: int, nbytes: int) -> str:
         """See :class:`Cudart`."""
         return self.checked(
-            lambda: self.library.cudaHostRegister(address, nbytes, _REGISTER_PORTABLE)
+            lambda: self.library.cudaHostRegister(address, nbytes, _REGISTER_PORTABLE_MAPPED)
         )
 
     def host_unregister(self, address: int) -> str:

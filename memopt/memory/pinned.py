@@ -201,10 +201,8 @@ class HostPool:
     def try_take(
         self, nbytes: int, *, wait: bool = True, wait_events: bool = True
     ) -> HostBuffer | None:
-        """As :meth:`take`, but return None when the cap leaves no room.
-
-        With ``wait=False`` also where memory is still to be locked: that goes on (or begins) in the background; with
-        ``wait_events=False`` also where a buffer's event is still to pass.
+        """As :meth:`take`, but return None when the cap leaves no room. Without ``wait`` also where memory is still to be
+        locked (that goes on in the background), without ``wait_events`` also where only events are still to pass.
         """
         if nbytes < 0:
             raise ValueError(f"nbytes={nbytes} is negative")
@@ -343,13 +341,16 @@ class HostPool:
             self._changed.notify_all()
 
     def _reap(self) -> None:
-        """Make the buffers whose event has passed available."""
-        still = []
-        for block in self._cooling:
+        """Make the buffers whose event has passed available; after some that have not, the rest is not asked."""
+        still: list[_Cooling] = []
+        for i, block in enumerate(self._cooling):
             if block.event.query():
                 self._free.add(block.base, block.nbytes)
             else:
                 still.append(block)
+            if len(still) == 16:
+                still += self._cooling[i + 1 :]
+                break
         self._cooling = still
 
     def _wait_for(self, block: _Cooling) -> None:

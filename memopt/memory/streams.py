@@ -72,8 +72,10 @@ class CudaStreamCalls:
 
     def wait_for_word(self, stream: int, device_address: int) -> str:
         """See :class:`StreamCalls`."""
-        code = self._wait_value(stream, device_address, 1, _WAIT_UNTIL_EQUAL)
-        return "" if code == 0 else f"cuStreamWaitValue32 returned {code}"
+        error = self._cudart.checked(
+            lambda: self._wait_value(stream, device_address, 1, _WAIT_UNTIL_EQUAL)
+        )
+        return error and f"cuStreamWaitValue32: {error}"
 
     def copy(self, stream: int, destination: int, source: int, nbytes: int) -> str:
         """See :class:`StreamCalls`."""
@@ -185,7 +187,8 @@ def open_stream_calls(device: torch.device) -> tuple[CudaStreamCalls | None, str
 
 def _probe(calls: CudaStreamCalls, device: torch.device) -> str:
     """Let a stream wait for a word that is set a moment later; return what was wrong with that."""
-    words = Words(HostPool(_WORD_STRIDE_BYTES * 64, register=True), calls, num_words=2)
+    pool = HostPool(_WORD_STRIDE_BYTES * 64, register=True, num_threads=1)
+    words = Words(pool, calls, num_words=2)
     word = words.take()
     reason = words.reason
     if word is not None:
