@@ -201,8 +201,9 @@ class HostPool:
     def try_take(
         self, nbytes: int, *, wait: bool = True, wait_events: bool = True
     ) -> HostBuffer | None:
-        """As :meth:`take`, but return None when the cap leaves no room. Without ``wait`` also where memory is still to be
-        locked (that goes on in the background), without ``wait_events`` also where only events are still to pass.
+        """As :meth:`take`, but return None when the cap leaves no room.
+
+        Or, without ``wait``, where memory is still being locked; without ``wait_events``, where events are to pass.
         """
         if nbytes < 0:
             raise ValueError(f"nbytes={nbytes} is negative")
