@@ -165,8 +165,10 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> Iterator[F
     """Let `torch.cuda` be `device`, and memory that the chain allocates on it live to the end."""
 
     def keep(*args: Any, **kwargs: Any) -> torch.Tensor:
+        """Allocate as PyTorch does: a kernel asked for before may still write to this memory."""
         tensor = torch.empty_strided(*args, **kwargs)
         device.allocated.append(tensor)
+        device.compute.run(lambda: ctypes.memset(tensor.data_ptr(), 0xEE, tensor.nbytes))
         return tensor
 
     import memopt.activations.chain_stored as chain_stored
