@@ -98,6 +98,7 @@ class FakeDevice:
         self.pause_s = pause_s
         self.lost = self.closed = False
         self.refuse_waits = False
+        self.spoils = True
         self.streams: dict[int, FakeStream] = {}
         self.allocated: list[torch.Tensor] = []
         self.num_calls: dict[str, int] = {"host": 0, "wait": 0, "copy": 0}
@@ -168,7 +169,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> Iterator[F
         """Allocate as PyTorch does: a kernel asked for before may still write to this memory."""
         tensor = torch.empty_strided(*args, **kwargs)
         device.allocated.append(tensor)
-        device.compute.run(lambda: ctypes.memset(tensor.data_ptr(), 0xEE, tensor.nbytes))
+        if device.spoils:
+            device.compute.run(lambda: ctypes.memset(tensor.data_ptr(), 0xEE, tensor.nbytes))
         return tensor
 
     import memopt.activations.chain_stored as chain_stored
