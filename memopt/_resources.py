@@ -11,7 +11,12 @@ import torch
 from torch.nn import Module
 
 from memopt._probing import KeptRates
-from memopt._states import expected_grad_bytes, measure_states, optimizer_tensors
+from memopt._states import (
+    expected_grad_bytes,
+    measure_states,
+    missing_optimizer_bytes,
+    optimizer_tensors,
+)
 from memopt.activations.spill import SpillArea
 from memopt.activations.transfers import CpuTransfers, Transfers
 from memopt.io import Engine, ExtentStore, open_engine
@@ -31,6 +36,8 @@ from memopt.types.trace import StepTrace
 _MIN_STAGING_BYTES = 32 << 20
 _MAX_STAGING_BYTES = 256 << 20
 _STAGING_SHARE = 16
+_MOST_STATES = 8
+"""No optimizer in use keeps more than this many times the parameters' bytes."""
 
 
 class Resources:
@@ -284,16 +291,20 @@ def _placements_of(plan: Plan) -> set[str]:
 def _check_states(
     model: Module, optimizer: torch.optim.Optimizer | None, budget: ResolvedBudget
 ) -> None:
-    """Refuse at entry what parameters, gradients and existing optimizer state already exceed."""
+    """Refuse at entry what parameters, gradients and optimizer state alone exceed."""
     states = measure_states(model, optimizer)
     grads = max(states.grad_bytes, expected_grad_bytes(model))
-    need = states.param_bytes + states.buffer_bytes + states.optimizer_bytes + grads
+    need = states.total_bytes - states.grad_bytes + grads
+    coming = 0
+    if need + _MOST_STATES * states.param_bytes > budget.device_bytes:  # else it need not be known
+        coming = missing_optimizer_bytes(optimizer)
+    need += coming
     if need > budget.device_bytes:
         raise BudgetError(
             f"the device budget of {budget.device_bytes:,} bytes is below what the model's states "
             f"take: parameters {states.param_bytes:,} + gradients {grads:,} + optimizer state "
-            f"{states.optimizer_bytes:,} + buffers {states.buffer_bytes:,} = {need:,} bytes; the "
-            f"smallest budget is above {need:,} bytes"
+            f"{states.optimizer_bytes + coming:,} + buffers {states.buffer_bytes:,} = {need:,} bytes; "
+            f"the smallest budget is above {need:,} bytes"
         )
 
 

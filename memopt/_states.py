@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -27,6 +29,53 @@ def measure_states(model: Module, optimizer: torch.optim.Optimizer | None) -> St
 def expected_grad_bytes(model: Module) -> int:
     """Bytes of the gradients that one backward makes."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def missing_optimizer_bytes(optimizer: torch.optim.Optimizer | None) -> int:
+    """Bytes of the state that the optimizer's first step will make; 0 where that cannot be told.
+
+    A stand-in of the optimizer steps once on fake tensors, one per kind of parameter that has no
+    state yet. Exact where each parameter's state depends on that parameter alone (AdamW, SGD, Muon
+    ...); optimizers that look at values or take a closure cannot be asked this way.
+    """
+    if optimizer is None:
+        return 0
+    kinds: Counter[tuple[Any, ...]] = Counter()
+    for index, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            # a sharded parameter shows the shape of the whole: what it would cost here is not known
+            plain = type(p) in (Tensor, torch.nn.Parameter) and p.layout is torch.strided
+            if plain and p.requires_grad and p not in optimizer.state:
+                kinds[index, tuple(p.shape), p.stride(), p.dtype, p.device] += 1
+    try:
+        return sum(_state_bytes(optimizer, *kind) * count for kind, count in kinds.items())
+    except Exception:  # noqa: BLE001 - anyone's optimizer, on tensors it was not written for
+        return 0
+
+
+def _state_bytes(
+    optimizer: torch.optim.Optimizer,
+    group: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Bytes of state after one step on one fake parameter of the group."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    stand_in = copy.copy(optimizer)
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    stand_in.__dict__ = {**optimizer.__dict__, **{name: OrderedDict() for name in hooks}}
+    stand_in.state = defaultdict(dict)
+    with FakeTensorMode():
+        parameter = torch.nn.Parameter(
+            torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        )
+        parameter.grad = torch.empty_like(parameter)
+        stand_in.param_groups = [{**optimizer.param_groups[group], "params": [parameter]}]
+        type(optimizer).step(stand_in)  # the instance's own may be a scheduler's wrapper
+    return _unique_bytes(_tensors(stand_in.state), set())
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer | None) -> Iterator[Tensor]:
