@@ -117,10 +117,16 @@ class Chain:
 
     # - In
 
+    @property
+    def can_queue(self) -> bool:
+        """Whether a read can be queued without the host waiting for it."""
+        return self._words.has_free
+
     def read(self, extent: Any, buffer: HostBuffer, offset: int, destination: int) -> Any:
         """Queue the way of one piece to the device address `destination`; return the event of its end.
 
-        The buffer goes back to its pool with that event.
+        The buffer goes back to its pool with that event. Without a free word, or where the driver refuses to wait for
+        one, the host waits for the disk here.
         """
         word = self._words.take() if buffer.is_locked else None
         when_over = None

@@ -121,7 +121,8 @@ class ChainStored:
             return False
         while self._begun_bytes < self.nbytes:
             size = min(self._chain.piece_bytes, self.nbytes - self._begun_bytes)
-            buffer = self._area.stage(size, wait=wait)
+            ready = wait or self._chain.can_queue
+            buffer = self._area.stage(size, wait=wait) if ready else None
             if buffer is None:
                 self._chain.is_dry = True
                 return False

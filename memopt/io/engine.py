@@ -138,7 +138,7 @@ class Engine(ABC):
         self._gate = (
             threading.Lock()
         )  # held while transfers are started, and while the engine stops taking them
-        self._in_flight: set[Ticket] = set()
+        self._in_flight: dict[Ticket, None] = {}  # in the order of submission
         self._failed: list[Ticket] = []
         self._totals = {"tickets": 0, "failed": 0, "read": 0, "write": 0, "buffered": 0}
 
@@ -217,7 +217,7 @@ class Engine(ABC):
                 raise
             with self._lock:
                 self._totals["tickets"] += 1
-                self._in_flight.add(ticket)
+                self._in_flight[ticket] = None
                 _BUSY.add(self)
         return ticket
 
@@ -263,7 +263,7 @@ class Engine(ABC):
 
     def stats(self) -> EngineStats:
         """Return the totals so far."""
-        self._reap()
+        self._reap(max_busy=None)
         with self._lock:
             totals = dict(self._totals)
             num_in_flight = len(self._in_flight)
@@ -330,18 +330,26 @@ class Engine(ABC):
         with self._lock:
             return list(self._in_flight)
 
-    def _reap(self) -> None:
-        """Settle finished tickets that their owners dropped, so that their buffers are freed."""
+    def _reap(self, *, max_busy: int | None = 8) -> None:
+        """Settle finished tickets that their owners dropped, so that their buffers are freed.
+
+        Tickets end about in the order in which they began: behind ``max_busy`` that have not, none is asked.
+        """
+        num_busy = 0
         for ticket in self._snapshot():
             if ticket._finished(0.0):
                 self._settle(ticket)
+            elif num_busy == max_busy:
+                return
+            else:
+                num_busy += 1
 
     def _settle(self, ticket: Ticket) -> None:
         """Enter a finished ticket in the books and let go of its buffers; only the first call does anything."""
         with self._lock:
             if ticket not in self._in_flight:
                 return
-            self._in_flight.discard(ticket)
+            del self._in_flight[ticket]
             if ticket.error is not None:
                 self._totals["failed"] += 1
                 self._failed.append(ticket)

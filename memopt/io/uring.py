@@ -93,7 +93,8 @@ class _UringTicket(Ticket):
             ):
                 self._take_result(result)
                 return True
-            self._check_alive()
+            if timeout_s != 0.0:
+                self._check_alive()
             if end is not None and time.monotonic() >= end:
                 return False
 

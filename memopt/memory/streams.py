@@ -145,11 +145,16 @@ class Words:
             for i in range(num_words)
         ]
 
-    def take(self) -> Word | None:
-        """Return a word that is 0, or None while all are in use."""
+    @property
+    def has_free(self) -> bool:
+        """Whether :meth:`take` has a word."""
         while self._cooling and self._cooling[0][0].query():
             self._free.append(self._cooling.popleft()[1])
-        if not self._free:
+        return bool(self._free)
+
+    def take(self) -> Word | None:
+        """Return a word that is 0, or None while all are in use."""
+        if not self.has_free:
             return None
         word = self._free.pop()
         word.set(0)
