@@ -234,8 +234,11 @@ def _open_transfers(
         host_bytes = max(0, host_bytes - cap)
     if device.type == "cpu":
         return CpuTransfers(spill, 1 << 30), None
+    from memopt.activations.chain import WORDS_BYTES
     from memopt.activations.cuda import CudaTransfers
 
+    if spill is not None:
+        host_bytes = max(0, host_bytes - WORDS_BYTES)
     host = HostPool(max(host_bytes, PAGE_BYTES), register=True)
     return CudaTransfers(device, host, spill, 1 << 30), host
 

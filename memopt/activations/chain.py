@@ -41,6 +41,8 @@ from memopt.types.errors import MemoptError
 _MAX_PIECE_BYTES = 16 << 20
 _MIN_PIECES = 4
 _NUM_WORDS = 1024
+WORDS_BYTES = 64 * _NUM_WORDS
+"""Page-locked memory of a chain beside the staging buffers."""
 _ALIGN_BYTES = 1 << 20
 
 
@@ -224,7 +226,7 @@ def open_chain(
     calls, reason = open_stream_calls(device)
     if calls is None:
         return None, reason
-    pool = HostPool(_NUM_WORDS * 64, register=True, num_threads=1)
+    pool = HostPool(WORDS_BYTES, register=True, num_threads=1)
     words = Words(pool, calls, num_words=_NUM_WORDS)
     if words.reason:
         words.close()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from memopt.activations.batch import LARGE_BYTES, CopiesIn, can_batch
-from memopt.activations.chain import Chain, open_chain
+from memopt.activations.chain import WORDS_BYTES, Chain, open_chain
 from memopt.activations.spill import SpillArea
 from memopt.activations.stored import Label, Stored
 from memopt.activations.tensors import flat_elements, nbytes_of, shared_alias
@@ -230,6 +230,12 @@ class CudaTransfers:
             self.chain.poll()
             self.chain.pump()
 
+    def check(self) -> None:
+        """Wait for the disk's part of every fetch under way; see the protocol."""
+        self.poll()
+        if self.chain is not None:
+            self.chain.check()
+
     def finish(self) -> None:
         """Wait for every copy and write."""
         self.out_stream.synchronize()
@@ -246,7 +252,8 @@ class CudaTransfers:
         now, peak = stats.mapped_bytes, stats.peak_mapped_bytes
         if self.spill is not None:
             staging = self.spill.staging_bytes()
-            return now + staging[0], peak + staging[1]
+            words = WORDS_BYTES if self.chain is not None else 0
+            return now + staging[0] + words, peak + staging[1] + words
         return now, peak
 
     def ssd_bytes(self) -> tuple[int, int]:

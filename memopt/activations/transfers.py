@@ -72,6 +72,13 @@ class Transfers(Protocol):
     def poll(self) -> None:
         """Free what has arrived and raise the first transfer that failed."""
 
+    def check(self) -> None:
+        """Raise where the bytes of a fetch that was taken did not arrive.
+
+        `take` may return before that is known. It is asked for by itself before `backward()` returns;
+        whoever uses gradients inside of backward (an optimizer that steps there) asks first.
+        """
+
     def finish(self) -> None:
         """Wait for everything under way."""
 
@@ -125,6 +132,10 @@ class CpuTransfers:
         """Raise a failed transfer."""
         if self.spill is not None:
             self.spill.poll()
+
+    def check(self) -> None:
+        """Raise a failed transfer: a fetch is waited for when it is taken."""
+        self.poll()
 
     def finish(self) -> None:
         """Wait for every write."""
