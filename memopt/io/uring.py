@@ -55,14 +55,19 @@ def load_native() -> Any:
     """Return the compiled module.
 
     Raises:
-        IoEngineUnavailable: it was not built, or cffi's runtime is missing.
+        IoEngineUnavailable: it was not built, or for another version of memopt, or cffi's runtime is missing.
     """
     try:
-        return importlib.import_module("memopt.io._uring")
+        native = importlib.import_module("memopt.io._uring")
     except ImportError as error:
         raise IoEngineUnavailable(
             f"io_uring: the native part of memopt is missing ({error}); install liburing-dev and gcc, then memopt again"
         ) from error
+    if not hasattr(native.lib, "memopt_uring_prepare"):
+        raise IoEngineUnavailable(
+            "io_uring: the native part is older than memopt; install memopt again"
+        )
+    return native
 
 
 class _UringTicket(Ticket):
