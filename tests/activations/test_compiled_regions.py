@@ -105,6 +105,43 @@ def test_blocks_compiled_by_inductor(name, placement):
     assert len(record.run.trace.regions) == 3
 
 
+def cuda_step(model, i):
+    loss = model(batch(i, 256, WIDTH).cuda()).square().mean()
+    loss.backward()
+    return loss
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("placement", ["recompute", "host"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_compiled_by_inductor_on_the_gpu(name, placement):
+    if name == "autocast":
+        pytest.skip("the block asks for the CPU's autocast")
+    program = Program(build=INDUCTOR[name].build, step=cuda_step, regions=["layers"], device="cuda")
+    record = assert_bitwise(program, placement)
+    assert len(record.run.trace.regions) == 3
+
+
+@pytest.mark.gpu
+def test_blocks_with_cuda_graphs_are_exact_or_raise():
+    """A replayed graph writes into the same outputs: PyTorch itself raises where one is read too late."""
+
+    def build():
+        net = Net(Sines)
+        for layer in net.layers:
+            layer.compile(mode="reduce-overhead")
+        return net
+
+    program = Program(build=build, step=cuda_step, regions=["layers"], device="cuda")
+    plain = plain_run(program)
+    try:
+        record = run_memopt(program, "recompute")
+    except RuntimeError as error:
+        assert "CUDAGraphs" in str(error)  # noqa: PT017 -- raising is one of two right ways
+        return
+    compare(plain, record)
+
+
 @pytest.mark.parametrize("placement", some("ssd"))
 def test_a_transformers_model_with_compiled_layers(placement):
     base = model_program("llama")
