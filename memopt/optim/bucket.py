@@ -25,9 +25,9 @@ from memopt.optim.parts import LeadingRows, Part
 from memopt.optim.rules import StateFullRule
 from memopt.optim.selections import Choice, Selection, selection_named
 from memopt.optim.selections.blocks import block_order, fill_budget
-from memopt.optim.selections.lowrank import LowRank, Subspace
+from memopt.optim.selections.lowrank import LowRank, ShardedRows, Subspace
 from memopt.optim.settings import Settings
-from memopt.optim.tensors import local_part, matrix_shape, share
+from memopt.optim.tensors import Shards, local_part, matrix_shape, shards_of, share
 
 if TYPE_CHECKING:
     from memopt.optim.capture import DeviceClock
@@ -49,6 +49,7 @@ class Entry:
     selection: Selection
     vector: bool
     tag: int  # 32 bits of the name, for the rounding's random numbers
+    shards: Shards | None
 
     @property
     def size(self) -> int:
@@ -60,9 +61,12 @@ def make_entry(param: Tensor, name: str, settings: Settings) -> Entry:
     """Describe a parameter; parameters that are not split use coordinates of density 1."""
     rows, columns = matrix_shape(local_part(param).shape)
     kind = settings.selection if settings.split else "coordinates"
+    selection, shards = selection_named(kind, param.dim()), shards_of(param)
+    if shards is not None and isinstance(selection, LowRank):
+        selection = ShardedRows(selection, shards.global_rows)
     return Entry(
-        param, name, rows, columns, param.numel(), selection_named(kind, param.dim()),
-        param.dim() < 2, key_of("rounding", settings.seed, name) & MASK32,
+        param, name, rows, columns, param.numel(), selection, param.dim() < 2,
+        key_of("rounding", settings.seed, name) & MASK32, shards,
     )  # fmt: skip
 
 
@@ -81,7 +85,7 @@ class Bucket:
         self.device, self.dtype = first.device, first.dtype
         self.pooled = self.entries[0].selection.pooled
         quantized = settings.quantize == "8bit"
-        density = settings.largest_density
+        self.density = density = settings.largest_density
         align = 256 if quantized else 1
         self.slices, capacity = self._slices(density, align)
         self.arena = Arena(
@@ -128,7 +132,8 @@ class Bucket:
         for e in self.entries:
             kind = e.selection
             rank = kind.rank(e.rows, e.columns, density) if isinstance(kind, LowRank) else 0
-            shapes.append((rank, min(e.rows, e.columns)))
+            size = kind.num_basis(e.rows, e.columns, density)
+            shapes.append((rank, size // rank if rank else 0))
         flat = torch.zeros(sum(a * b for a, b in shapes), dtype=self.dtype, device=self.device)
         bases, position = [], 0
         for entry, (rank, side) in zip(self.entries, shapes, strict=True):
@@ -136,6 +141,22 @@ class Bucket:
             bases.append(view if _is_low_rank(entry) else None)
             position += rank * side
         return bases
+
+    def row_width(self, i: int) -> int:
+        """Return how many numbers of state belong to each row of a parameter, 0 if none do so."""
+        entry = self.entries[i]
+        kind = entry.selection
+        if self.arena.quantized or self.pooled:
+            return 0
+        if isinstance(kind, LowRank):
+            return kind.rank(entry.rows, entry.columns, self.density)
+        if kind.name == "columns":
+            return kind.num_slots(1, entry.columns, self.density)
+        return entry.columns if self.density == 1.0 else 0
+
+    def has_rows(self, i: int) -> bool:
+        """Whether a parameter's state can be cut and joined along its rows, between rounds."""
+        return self.row_width(i) > 0 or self.density == 0.0
 
     def num_bytes(self) -> int:
         """Return the bytes of the arena and the bases."""
@@ -299,7 +320,7 @@ class Bucket:
         choice = self._choice(entry, settings, 0, density, None)
         return entry.selection.part_of(stored[:rank], choice)
 
-    def choose_basis(self, i: int, grad: Tensor, settings: Settings, round_: int) -> None:
+    def choose_basis(self, i: int, grad: Tensor | None, settings: Settings, round_: int) -> None:
         """Choose the subspace of a low-rank parameter at its first gradient of a round."""
         entry, stored, old = self.entries[i], self.bases[i], self.parts[i]
         density = settings.current_density

@@ -61,11 +61,11 @@ def _placed(value: Any, param: Tensor) -> Any:
 @torch.no_grad()
 def rebuild_groups(optimizer: Frugal) -> None:
     """Build arenas for the state that an optimizer has (after a load, a copy or an unpickling)."""
-    for index, group in enumerate(optimizer.param_groups):
+    for group in optimizer.param_groups:
         members = [param for param in group["params"] if param in optimizer.state]
         if members:
-            names = optimizer._names(index)
-            optimizer._groups[index] = GroupState(group, optimizer.state, members, names)
+            names = optimizer._names(group)
+            optimizer._groups[group["number"]] = GroupState(group, optimizer.state, members, names)
 
 
 @torch.no_grad()

@@ -27,8 +27,8 @@ from memopt.optim.execute import begin_replay, is_capturing, update_params
 from memopt.optim.group_state import CLOCK, GroupState
 from memopt.optim.rules import state_free_rule, state_full_rule
 from memopt.optim.settings import Settings
-from memopt.optim.sharding import as_sharded, refuse_low_rank
-from memopt.optim.tensors import local_part
+from memopt.optim.sharding import as_sharded
+from memopt.optim.tensors import local_part, shards_of
 
 IMPLEMENTATIONS = ("auto", "native", "foreach", "reference")
 
@@ -118,6 +118,9 @@ class Frugal(Optimizer):
         """Add a group; its dict may carry any of the constructor's settings and `split`."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        # A number of its own, as other libraries (DeepSpeed ZeRO) step groups one at a time and
+        # show a list of one group meanwhile: the position in the list says nothing.
+        group["number"] = 1 + max((g["number"] for g in self.param_groups[:-1]), default=-1)
         try:
             if group["arena_density"] is None:
                 group["arena_density"] = group["density"]
@@ -130,26 +133,30 @@ class Frugal(Optimizer):
             self.param_groups.pop()
             raise
 
-    def _names(self, index: int) -> dict[Tensor, str]:
-        """Return the names selections depend on: from `named_parameters`, else "group.position"."""
-        group = self.param_groups[index]
-        given = group.get("param_names")
-        names = given or [f"{index}.{i}" for i in range(len(group["params"]))]
-        return dict(zip(group["params"], names, strict=True))
+    @staticmethod
+    def _names(group: dict[str, Any]) -> dict[Tensor, str]:
+        """Return the names selections depend on: from `named_parameters`, else "group.position".
 
-    def _group_state(self, index: int, present: list[Tensor]) -> GroupState:
+        Names that are not as many as the parameters are those of tensors that were put into one.
+        """
+        params = group["params"]
+        names = group.get("param_names") or []
+        if len(names) != len(params):
+            names = [f"{group['number']}.{i}" for i in range(len(params))]
+        return dict(zip(params, names, strict=True))
+
+    def _group_state(self, group: dict[str, Any], present: list[Tensor]) -> GroupState:
         """Return the group at work; built at its first gradient, and again for thawed parameters."""
-        group = self.param_groups[index]
-        found = self._groups.get(index)
+        found = self._groups.get(group["number"])
         if found is not None and found.knows(present):
             return found
         known = set(present) | {p for p in group["params"] if p.requires_grad or p in self.state}
         members = [param for param in group["params"] if param in known]
         if found is None:
-            built = GroupState(group, self.state, members, self._names(index))
+            built = GroupState(group, self.state, members, self._names(group))
         else:
-            built = checkpoint.regroup(found, members, self._names(index))
-        self._groups[index] = built
+            built = checkpoint.regroup(found, members, self._names(group))
+        self._groups[group["number"]] = built
         return built
 
     # ------------------------------------------------------------------ stepping
@@ -167,9 +174,9 @@ class Frugal(Optimizer):
                 loss = closure()
         if not is_capturing() and self._is_probe():
             return loss
-        for index, group in enumerate(self.param_groups):
-            self._step_group(index, [p for p in group["params"] if p.grad is not None])
-            found = self._groups.get(index)
+        for group in self.param_groups:
+            self._step_group(group, [p for p in group["params"] if p.grad is not None])
+            found = self._groups.get(group["number"])
             if found is not None and found.open:
                 found.end_call()
         return loss
@@ -186,31 +193,32 @@ class Frugal(Optimizer):
                 stepped in this call.
         """
         wanted = list(params)
-        where = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        where = {p: group for group in self.param_groups for p in group["params"]}
         for param in wanted:
             if param not in where:
                 raise ValueError("step_partial got a parameter that this optimizer does not have")
             if param.grad is None:
                 raise ValueError("step_partial got a parameter without a gradient")
-            found = self._groups.get(where[param])
+            found = self._groups.get(where[param]["number"])
             if found is not None and param in found.stepped:
                 raise ValueError("a parameter can be stepped once in a step: call step() to end it")
-        for index in sorted({where[param] for param in wanted}):
-            members = [param for param in wanted if where[param] == index]
-            self._step_group(index, members)
-            self._groups[index].stepped.update(members)
+        for group in self.param_groups:
+            members = [param for param in wanted if where[param] is group]
+            if members:
+                self._step_group(group, members)
+                self._groups[group["number"]].stepped.update(members)
 
-    def _step_group(self, index: int, params: list[Tensor]) -> None:
-        found = self._groups.get(index)
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        found = self._groups.get(group["number"])
         if found is not None and found.stepped:
             params = [param for param in params if param not in found.stepped]
         if not params:
             return
         for param in params:
             _check_grad(param)
-        state = self._group_state(index, params)
+        state = self._group_state(group, params)
         if is_capturing():
-            if not self.param_groups[index]["capturable"]:
+            if not group["capturable"]:
                 raise RuntimeError("a step is being captured: build Frugal with capturable=True")
             update_params(state, params, self._impl)
             return
@@ -289,16 +297,16 @@ class Frugal(Optimizer):
         if any(found.open for found in self._groups.values()):
             raise RuntimeError("a partial step is open: call step() before state_dict()")
         if self._probed and not self._groups:
-            for index, group in enumerate(self.param_groups):
-                self._group_state(index, [p for p in group["params"] if p.requires_grad])
+            for group in self.param_groups:
+                self._group_state(group, [p for p in group["params"] if p.requires_grad])
         state_dict = super().state_dict()
         self._show_shards(state_dict["state"])
         return state_dict
 
     def _show_shards(self, shown: dict[Any, dict[str, Any]]) -> None:
         number = 0
-        for index, group in enumerate(self.param_groups):
-            found = self._groups.get(index)
+        for group in self.param_groups:
+            found = self._groups.get(group["number"])
             for param in group["params"]:
                 if found is not None and param in found.home and number in shown:
                     shown[number] = as_sharded(*found.home[param], shown[number])
@@ -318,8 +326,7 @@ class Frugal(Optimizer):
 
 
 def _check_param(param: Tensor, settings: Settings) -> None:
-    if settings.split and settings.low_rank:
-        refuse_low_rank(param, settings.selection)
+    shards_of(param)  # refuses what is not sharded by rows
     if param.is_complex():
         raise ValueError(
             f"Frugal does not take complex parameters (shape {tuple(param.shape)}): pass their real view"

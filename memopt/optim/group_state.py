@@ -1,13 +1,15 @@
 """One parameter group at work: its clock, its buckets, and what it shows in `optimizer.state`.
 
 The clock is in the group's dict, so that checkpoints carry it: `calls` (completed steps that had a
-gradient), `round`, `last_switch` (the value of `calls` at the last switch, -1 before the first) and
-`active_density` (the density of the current round). A *call* opens with its first update, which
-switches if that is due, and is closed by `step()`; partial steps in between belong to it.
+gradient), `round`, `last_switch` (the value of `calls` at the last switch, -1 before the first),
+`active_density` (the density of the current round) and `num_shards` (on which the state was made).
+A *call* opens with its first update, which switches if that is due, and is closed by `step()`;
+partial steps in between belong to it.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
@@ -18,9 +20,16 @@ from torch import Tensor
 from memopt.optim.bucket import BASIS, BASIS_ROUND, Bucket, Entry, make_entry
 from memopt.optim.rules import JointRule, state_full_rule
 from memopt.optim.settings import Settings
+from memopt.optim.sharding import check_shards, fit_slice, refuse_joint
 from memopt.optim.tensors import local_part
 
-CLOCK: dict[str, Any] = {"calls": 0, "round": 0, "last_switch": -1, "active_density": 0.0}
+CLOCK: dict[str, Any] = {
+    "calls": 0,
+    "round": 0,
+    "last_switch": -1,
+    "active_density": 0.0,
+    "num_shards": 0,
+}
 COMPENSATION, STEP = "compensation", "step"
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -53,11 +62,27 @@ class GroupState:
         self.buckets = [Bucket(entries, settings, rule) for entries in by_kind.values()]
         for number, bucket in enumerate(self.buckets):
             bucket.number = number
+            if isinstance(rule, JointRule):
+                refuse_joint(bucket.entries, rule.name)
+        check_shards(group, self.buckets)
+        self._warn_of_one_flat_tensor(settings)
         self.home = {e.param: (b, i) for b in self.buckets for i, e in enumerate(b.entries)}
         self.stepped: set[Tensor] = set()
         self._last: tuple[tuple[int, ...], list[tuple[Bucket, list[int]]]] = ((), [])
         self.open = False
         self._publish()
+
+    def _warn_of_one_flat_tensor(self, settings: Settings) -> None:
+        """Say that blocks of one flat tensor (ZeRO's partition) are always its beginning."""
+        for bucket in self.buckets:
+            alone = bucket.pooled and len(bucket.entries) == 1 and bucket.entries[0].vector
+            if alone and settings.split and 0.0 < settings.largest_density < 1.0:
+                warnings.warn(
+                    f"selection='blocks' chooses among tensors, and {bucket.entries[0].name!r} is the"
+                    " only one of its group: its first elements would have the state in every round."
+                    " Use selection='coordinates' for flat tensors",
+                    stacklevel=2,
+                )
 
     def settings(self) -> Settings:
         """Read the group's settings as they are now."""
@@ -67,11 +92,8 @@ class GroupState:
     def _views(self, bucket: Bucket, i: int) -> dict[str, Tensor]:
         """Return the tensors of one parameter that `optimizer.state` shows."""
         views = {name: bucket.arena.piece(name, *bucket.slices[i]) for name in bucket.arena.arrays}
-        entry = bucket.entries[i]
-        if entry.selection.name == "columns" and not bucket.arena.quantized:
-            # (rows, chosen columns): shards of rows can be put together and cut anew
-            for name, view in views.items():
-                views[name] = view.view(entry.rows, view.numel() // max(1, entry.rows))
+        if width := bucket.row_width(i):  # rows of shards can be put together and cut anew
+            views = {name: view.view(-1, width) for name, view in views.items()}
         basis = bucket.bases[i]
         if basis is not None:
             views[BASIS] = basis.detach()  # an alias: what is shown may be swapped
@@ -109,6 +131,7 @@ class GroupState:
         for name, view in views.items():
             found = shown.get(name)
             if found is not None and found is not view:
+                found = fit_slice(entry, found, view)
                 if found.shape != view.shape or found.dtype != view.dtype:
                     raise ValueError(
                         f"state {name!r} of {entry.name!r} is {found.dtype} {tuple(found.shape)},"
@@ -210,9 +233,7 @@ class GroupState:
                 continue
             fresh = bucket.parts[i] is None
             if fresh or (in_switch_call and bucket.basis_rounds[i] != self.group["round"]):
-                grad = local_part(entry.param.grad)  # type: ignore[arg-type]
-                grad = grad.reshape(entry.rows, entry.columns)
-                bucket.choose_basis(i, grad, settings, self.group["round"])
+                bucket.choose_basis(i, _whole_grad(entry), settings, self.group["round"])
                 self.state[entry.param][BASIS_ROUND] = self.group["round"]
 
     def num_bytes(self) -> int:
@@ -238,3 +259,15 @@ class GroupState:
                 shown.update(views)
                 self._remember(bucket, i, shown, views)
             bucket.generation += 1
+
+
+def _whole_grad(entry: Entry) -> Tensor | None:
+    """Return the gradient a basis is chosen by, as a matrix: of all ranks, where it is sharded."""
+    grad = entry.param.grad
+    assert grad is not None
+    if not entry.selection.needs_grad:
+        return None
+    if entry.shards is not None:
+        whole: Tensor = grad.full_tensor()  # type: ignore[attr-defined]
+        return whole.reshape(-1, entry.columns)
+    return local_part(grad).reshape(entry.rows, entry.columns)

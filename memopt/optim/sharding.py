@@ -1,61 +1,122 @@
 """State of sharded parameters (DTensor, FSDP2) as a checkpoint shall see it.
 
-Each rank steps its own rows: selections depend on names, not on ranks, so columns are the same
-everywhere, and blocks are chosen by global sizes; nothing is communicated. In `optimizer.state` the
-state is local. `state_dict()` shows it as DTensors sharded like their parameter, or
-`torch.distributed.checkpoint` would take every rank's part for a copy of the first one's: with
-`columns` as (rows, chosen columns), which may be resharded to any number of ranks; otherwise as the
-flat slices of all ranks, which fit the same number of ranks only.
+Each rank steps its own rows: selections depend on names, not on ranks, so columns and bases are the
+same everywhere, and blocks are chosen by global sizes; nothing is communicated, but for the whole
+gradient that svd needs at a switch. In `optimizer.state` the state is local. `state_dict()` shows
+it as DTensors sharded like their parameter, or `torch.distributed.checkpoint` would take every rank's
+part for a copy of the first one's:
+
+- what has a row for every row of the parameter (columns; svd and random; parameters that are not
+  split) may be resharded to any number of ranks;
+- otherwise the flat slices of all ranks follow each other. They fit the same number of ranks only,
+  which is checked, as their content would be that of other elements. Uneven shards have slices of
+  uneven length; they are shown at the length of the longest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memopt.optim.bucket import Bucket
+from memopt.ops import quantize as q8
+from memopt.optim.arena import SCALE_SUFFIX
+from memopt.optim.bucket import BASIS, Bucket, Entry
+from memopt.optim.tensors import local_part, share
 
 
 def as_sharded(bucket: Bucket, i: int, values: dict[str, Any]) -> dict[str, Any]:
     """Return one parameter's state with its tensors as DTensors; plain parameters' as it is."""
     entry = bucket.entries[i]
-    if not is_sharded(entry.param):
+    if entry.shards is None:
         return values
-    return {key: _wrap(value, entry.param) for key, value in values.items()}
+    return {
+        key: _wrap(bucket, i, key, value) if isinstance(value, Tensor) and key != BASIS else value
+        for key, value in values.items()
+    }
 
 
-def is_sharded(param: Tensor) -> bool:
-    """Whether a parameter is a DTensor in even shards of its first dimension."""
-    if not hasattr(param, "device_mesh"):
-        return False
-    from torch.distributed.tensor import Shard
-
-    placements: Any = param.placements  # type: ignore[attr-defined]
-    mesh: Any = param.device_mesh
-    even = len(placements) == 1 and placements[0] == Shard(0) and param.shape[0] % mesh.size() == 0
-    return bool(even)
-
-
-def _wrap(value: Any, param: Tensor) -> Any:
-    if not isinstance(value, Tensor):
-        return value
+def _wrap(bucket: Bucket, i: int, key: str, value: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
-    mesh: Any = param.device_mesh  # type: ignore[attr-defined]
-    shape = torch.Size([value.shape[0] * mesh.size(), *value.shape[1:]])
-    placements: Any = param.placements  # type: ignore[attr-defined]
+    entry = bucket.entries[i]
+    shards, param = entry.shards, entry.param
+    assert shards is not None
+    if key not in bucket.arena.arrays:  # a compensation: like the parameter
+        shape = param.shape
+    elif bucket.has_rows(i):
+        shape = torch.Size([shards.global_rows, *value.shape[1:]])
+    else:
+        if not shards.even:
+            padded = value.new_zeros(_longest_slice(bucket, i, key))
+            padded[: value.numel()] = value.view(-1)
+            value = padded
+        shape = torch.Size([value.numel() * shards.count])
+    stride = torch.empty(shape, device="meta").stride()
     wrapped: DTensor = DTensor.from_local(
-        value, mesh, placements, run_check=False, shape=shape, stride=value.stride()
-    )
+        value, param.device_mesh, param.placements, run_check=False, shape=shape, stride=stride,  # type: ignore[attr-defined]
+    )  # fmt: skip
     return wrapped
 
 
-def refuse_low_rank(param: Tensor, selection: str) -> None:
-    """Raise for a subspace of a sharded matrix: its left basis would need a sum in every step."""
-    if hasattr(param, "device_mesh") and param.dim() >= 2:
+def _longest_slice(bucket: Bucket, i: int, key: str) -> int:
+    """Return a length that no rank's slice exceeds, from what all ranks know."""
+    entry = bucket.entries[i]
+    assert entry.shards is not None
+    rows = entry.shards.largest
+    size = entry.selection.num_slots(rows, entry.columns, bucket.density)
+    if bucket.pooled:  # the group's remainder and alignment lie on its last slice
+        entries = len(bucket.entries)
+        size = share(bucket.density, rows * entry.columns) + entries
+        size += bucket.arena.align * (entries + 3)
+    is_scale = key.endswith(SCALE_SUFFIX) and bucket.arena.quantized
+    return q8.num_blocks(size) if is_scale else size
+
+
+def fit_slice(entry: Entry, found: Tensor, view: Tensor) -> Tensor:
+    """Take the padding off a slice that `as_sharded` has shown longer than it is."""
+    uneven = entry.shards is not None and not entry.shards.even
+    if uneven and found.dim() == 1 and found.numel() > view.numel():
+        return found[: view.numel()]
+    return found
+
+
+def num_shards(buckets: Iterable[Bucket]) -> int:
+    """Return into how many shards the group's parameters are cut, 1 for none."""
+    counts = [e.shards.count for b in buckets for e in b.entries if e.shards is not None]
+    return max(counts, default=1)
+
+
+def check_shards(group: dict[str, Any], buckets: list[Bucket]) -> None:
+    """Refuse state of another number of shards where slices would be those of other elements.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    saved, now = group["num_shards"], num_shards(buckets)
+    group["num_shards"] = now
+    if saved in (0, now):
+        return
+    dense = group["active_density"] in (0.0, group["arena_density"]) or not group["split"]
+    if not dense or not all(b.has_rows(i) for b in buckets for i in range(len(b.entries))):
         raise ValueError(
-            f"selection={selection!r} is not available for sharded parameters: use blocks, columns,"
-            " rows or coordinates"
+            f"the state was saved on {saved} shards and is loaded on {now}: with"
+            f" selection={group['selection']!r} (quantize={group['quantize']!r}) it fits the same"
+            " number only; columns, svd and random without 8-bit moments can be resharded"
         )
+
+
+def refuse_joint(entries: Iterable[Entry], rule: str) -> None:
+    """Raise for a rule that needs norms of whole matrices, which no rank has.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    for entry in entries:
+        if entry.shards is not None and local_part(entry.param).dim() >= 2:
+            raise ValueError(
+                f"state_full={rule!r} needs norms of whole matrices, and {entry.name!r} is sharded:"
+                " use adamw, lion or sgdm"
+            )

@@ -39,8 +39,8 @@ def state_bytes_of(hidden, ffn, layers, selection, density=0.25):
     optimizer = Frugal(
         [{"params": split}, {"params": full, "split": False}], density=density, selection=selection
     )
-    for index, group in enumerate(optimizer.param_groups):
-        optimizer._group_state(index, group["params"])
+    for group in optimizer.param_groups:
+        optimizer._group_state(group, group["params"])
     return optimizer
 
 
@@ -92,7 +92,7 @@ def test_eight_bit_bytes_per_parameter():
     split, _ = llama(*LLAMA["1B"][:3])
     split = [torch.nn.Parameter(p.to(torch.bfloat16)) for p in split]
     optimizer = Frugal(split, quantize="8bit")
-    optimizer._group_state(0, split)
+    optimizer._group_state(optimizer.param_groups[0], split)
     elements = sum(p.numel() for p in split)
     assert 4 + optimizer.state_bytes() / elements == pytest.approx(4.508, abs=1e-3)
 

@@ -36,11 +36,10 @@ class GaussianProjection(LowRank):
 
     name = "gaussian"
 
-    def basis(self, choice: Choice, rank: int) -> Tensor:
+    def right_basis(self, choice: Choice, rank: int, size: int, grad: Tensor | None) -> Tensor:
         """Draw from a generator of our own."""
         generator = torch.Generator(device=choice.device)
         generator.manual_seed(choice.key & (2**63 - 1))
-        size = min(choice.rows, choice.columns)
         draw: Tensor = torch.randn(rank, size, generator=generator, device=choice.device)
         return draw.div_(rank**0.5)
 

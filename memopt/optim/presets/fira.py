@@ -47,7 +47,8 @@ def limit_growth(update: Tensor, last_norm: Tensor) -> Tensor:
     allowed = torch.where(last_norm > 0, GAMMA * last_norm, norm)
     factor = (allowed / norm.clamp_min(_NORM_FLOOR)).clamp_max(1.0)
     last_norm.copy_(norm * factor)
-    return update * factor.to(update.dtype)
+    limited: Tensor = update * factor.to(update.dtype)
+    return limited
 
 
 class FiraRule(JointRule):

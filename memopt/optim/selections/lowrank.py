@@ -5,6 +5,10 @@ projection has rank * min(shape) numbers. The left basis is the right basis of t
 part works on a transposed view and knows one case only.
 `svd` is computed in float32 from the gradient of the switch step (as GaLore, arXiv 2403.03507);
 `random` orthonormalises Gaussian vectors drawn from (seed, round, name).
+
+A matrix whose rows are on several ranks always takes the right basis (`ShardedRows`): each rank
+projects its own rows, nothing is communicated between switches. A left basis would need a sum over
+ranks in every step. At a switch svd gathers the gradient, once.
 """
 
 from __future__ import annotations
@@ -62,8 +66,7 @@ class LowRank(Selection):
     needs_matrix = True
     low_rank = True
 
-    @staticmethod
-    def rank(rows: int, columns: int, density: float) -> int:
+    def rank(self, rows: int, columns: int, density: float) -> int:
         """round(density * min(shape))."""
         return min(round(density * min(rows, columns)), rows, columns)
 
@@ -91,9 +94,16 @@ class LowRank(Selection):
             choice.exact_complement,
         )
 
-    @abstractmethod
     def basis(self, choice: Choice, rank: int) -> Tensor:
-        """Return (rank, shorter side) orthonormal rows, float32."""
+        """Return (rank, shorter side) rows, float32."""
+        grad = choice.grad
+        if grad is not None and choice.rows < choice.columns:
+            grad = grad.T
+        return self.right_basis(choice, rank, min(choice.rows, choice.columns), grad)
+
+    @abstractmethod
+    def right_basis(self, choice: Choice, rank: int, size: int, grad: Tensor | None) -> Tensor:
+        """Return (rank, size) rows for a matrix of `size` columns; `grad` has as many."""
 
 
 class SingularBasis(LowRank):
@@ -102,10 +112,9 @@ class SingularBasis(LowRank):
     name = "svd"
     needs_grad = True
 
-    def basis(self, choice: Choice, rank: int) -> Tensor:
+    def right_basis(self, choice: Choice, rank: int, size: int, grad: Tensor | None) -> Tensor:
         """Decompose the gradient in float32."""
-        assert choice.grad is not None
-        grad = choice.grad.T if choice.rows < choice.columns else choice.grad
+        assert grad is not None
         _, _, right = torch.linalg.svd(grad.float(), full_matrices=False)
         basis: Tensor = right[:rank].contiguous()
         return basis
@@ -120,11 +129,10 @@ class RandomBasis(LowRank):
 
     name = "random"
 
-    def basis(self, choice: Choice, rank: int) -> Tensor:
+    def right_basis(self, choice: Choice, rank: int, size: int, grad: Tensor | None) -> Tensor:
         """Draw from a generator of our own, on the parameter's device."""
         generator = torch.Generator(device=choice.device)
         generator.manual_seed(choice.key & (2**63 - 1))
-        size = min(choice.rows, choice.columns)
         draw = torch.randn(size, rank, generator=generator, device=choice.device)
         basis: Tensor = torch.linalg.qr(draw).Q.T.contiguous()
         return basis
@@ -132,3 +140,42 @@ class RandomBasis(LowRank):
     def describe(self) -> str:
         """One line for tables."""
         return "random orthonormal basis"
+
+
+class ShardedRows(LowRank):
+    """Another low-rank selection, for this rank's rows of a matrix of `global_rows` rows.
+
+    The gradient it is given at a switch is the whole matrix's; everything else is local.
+    """
+
+    def __init__(self, inner: LowRank, global_rows: int) -> None:
+        self.inner, self.global_rows = inner, global_rows
+        self.name, self.needs_grad = inner.name, inner.needs_grad  # type: ignore[misc]
+
+    def rank(self, rows: int, columns: int, density: float) -> int:
+        """As for the whole matrix."""
+        return self.inner.rank(self.global_rows, columns, density)
+
+    def num_slots(self, rows: int, columns: int, density: float) -> int:
+        """Rank times the local rows."""
+        return self.rank(rows, columns, density) * rows
+
+    def num_basis(self, rows: int, columns: int, density: float) -> int:
+        """Rank times the columns."""
+        return self.rank(rows, columns, density) * columns
+
+    def part_of(self, basis: Tensor, choice: Choice) -> Part:
+        """Project the local rows."""
+        return Subspace(basis, choice.rows, left=False, exact=choice.exact_complement)
+
+    def basis(self, choice: Choice, rank: int) -> Tensor:
+        """Take the right basis, whatever the shape."""
+        return self.right_basis(choice, rank, choice.columns, choice.grad)
+
+    def right_basis(self, choice: Choice, rank: int, size: int, grad: Tensor | None) -> Tensor:
+        """Ask the inner selection."""
+        return self.inner.right_basis(choice, rank, size, grad)
+
+    def describe(self) -> str:
+        """One line for tables."""
+        return f"{self.inner.describe()}, each rank its own rows"
