@@ -171,19 +171,27 @@ class ActivationEngine:
         self._enter(frame)
         frame.call_args = leaves
 
+        failed: list[BaseException] = []
+
         def body(_: Tensor) -> Any:
             if frame.landed:
                 call_args, call_kwargs = pytree.tree_unflatten(frame.landed[-1], spec)
-            else:
-                assert frame.call_args is not None
-                call_args, call_kwargs = pytree.tree_unflatten(frame.call_args, spec)
-            return frame.plain(*call_args, **call_kwargs)
+                return frame.plain(*call_args, **call_kwargs)
+            assert frame.call_args is not None
+            call_args, call_kwargs = pytree.tree_unflatten(frame.call_args, spec)
+            try:
+                return frame.plain(*call_args, **call_kwargs)
+            except BaseException as error:  # noqa: BLE001 - raised again below
+                # up to torch 2.12 checkpoint leaves its contexts by the end of a generator: after
+                # an exception when its traceback dies (in a notebook: never), and out of order
+                failed.append(error)
+                return None
 
         written = self.written_inputs.get(name, frozenset())
         frame.pre_images.extend(PreImage(leaves[i]) for i in written)
         frame.inputs = [self._slot(v, plan, name, i in written) for i, v in enumerate(leaves)]
         try:
-            return checkpoint(
+            out = checkpoint(
                 body,
                 self._anchor,
                 use_reentrant=False,
@@ -192,6 +200,9 @@ class ActivationEngine:
             )
         finally:
             frame.call_args = None
+        if failed:
+            raise failed.pop()
+        return out
 
     def _call_name(self, name: str) -> str:
         count = self._num_calls.get(name, 0)

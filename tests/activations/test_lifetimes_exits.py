@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import threading
+import traceback
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from _models import model_program
 from _traces import Traces
 from _traps import TRAPS, NativeDropout, Net, batch, simple_step
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import memopt
 
@@ -154,6 +156,59 @@ def test_an_exception_leaves_nothing_behind(phase, plan):
         for i in range(2):
             Raises.calls = 0
             simple_step(model, i)
+
+
+def checkpoint_of_torch_2_11(function, *args, use_reentrant, preserve_rng_state, context_fn):
+    """Up to torch 2.12 an exception leaves the generator suspended, its contexts entered."""
+    assert not use_reentrant
+    generator = torch.utils.checkpoint._checkpoint_without_reentrant_generator(
+        function, preserve_rng_state, context_fn, "default", False, True, *args
+    )
+    next(generator)
+    out = function(*args)
+    assert next(generator, "over") == "over"
+    return out
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("plan", ["recompute", "ssd"])
+def test_an_exception_that_is_kept_keeps_no_mode_or_hook(plan, old, tmp_path, monkeypatch):
+    """Notebooks keep the last traceback, and with it the frames that checkpoint suspends."""
+    if old:
+        monkeypatch.setattr("memopt.activations.engine.checkpoint", checkpoint_of_torch_2_11)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            if fail:
+                raise KeyError("kept")
+            return self.linear(x).relu()
+
+    fail = False
+    model = nn.Sequential(*(Block() for _ in range(3)))
+    x = torch.randn(4, 8)
+    model(x).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    kept = []
+    budget = memopt.Budget(ssd=f"{tmp_path}:64MiB")
+    with memopt.optimize(model, plan=plan, budget=budget, regions=["0", "1", "2"]):
+        for step in range(4):
+            model.zero_grad()
+            fail = step % 2 == 1
+            try:
+                model(x).sum().backward()
+            except KeyError as error:
+                kept.append(error)  # with its traceback
+            modes = [type(m).__name__ for m in _get_current_dispatch_mode_stack()]
+            assert set(modes) <= {"AccountedMemory"}
+            assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+            if not fail:
+                assert all(map(torch.equal, expected, (p.grad for p in model.parameters())))
+    assert len(kept) == 2
+    assert "in forward" in "".join(traceback.format_exception(kept[0]))
 
 
 def test_an_error_of_the_user_keeps_its_type_and_message():
