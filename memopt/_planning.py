@@ -7,19 +7,21 @@ follows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median_high
 
 from torch.nn import Module
 
 from memopt._resources import Resources
+from memopt.activations.clock import RegionClock
 from memopt.plan import predict, solve_greedy, uniform_plan
-from memopt.trace.calibrate import recalibrated
+from memopt.trace.calibrate import recalibrated, with_micro_batches
 from memopt.types.errors import ConfigError
 from memopt.types.hardware import Hardware
 from memopt.types.plan import Placement, Plan, Prediction, RegionPlan
-from memopt.types.trace import RegionTimes, StepTrace
+from memopt.types.trace import StepTrace
 
 _UNIFORM = ("recompute", "host", "ssd", "device")
 _SLOP_BYTES = 1 << 20
@@ -67,6 +69,8 @@ class Planner:
         self._asked = asked
         self._resources = resources
         self._exact = exact
+        self._micro_batches = [trace.num_micro_batches]
+        """Of the steps that were looked at: the last of an epoch may have fewer than the others."""
         self._hardware: Hardware | None = resources.hardware() if trace.regions else None
 
     def plan(self) -> Plan:
@@ -110,21 +114,23 @@ class Planner:
         )
         return True
 
-    def calibrate(
-        self, plan: Plan, step_s: float, exposed_s: float, times: Mapping[str, RegionTimes]
-    ) -> None:
+    def calibrate(self, plan: Plan, step_s: float, clock: RegionClock) -> None:
         """Correct the trace by a step that ran under `plan`: its regions' times, and the link's rate.
 
         Args:
             plan: in force in that step.
             step_s: its time.
-            exposed_s: how long compute waited for transfers in it.
-            times: of its regions, waits taken off.
+            clock: marked its regions, and when compute waited for transfers.
         """
         if self._hardware is None or step_s <= 0.0:
             return
-        self.trace = recalibrated(self.trace, plan, max(0.0, step_s - exposed_s), times)
+        exposed_s = clock.waited_s()
+        num_micro_batches = clock.num_micro_batches or self.trace.num_micro_batches
+        compute_s = max(0.0, step_s - exposed_s)
+        self.trace = recalibrated(self.trace, plan, compute_s, clock.times(), num_micro_batches)
         self._slow_down_link(self._predict(plan), exposed_s)
+        self._micro_batches.append(num_micro_batches)
+        self.trace = with_micro_batches(self.trace, median_high(self._micro_batches))
 
     def _slow_down_link(self, predicted: Prediction, exposed_s: float) -> None:
         """Where transfers held compute up longer than predicted, the link is slower than probed.

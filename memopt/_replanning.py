@@ -3,7 +3,8 @@
 Plans switch only at a root forward without a live frame. A step is timed that began with its plan
 in force and no host memory being locked. The first such step gives a new plan. The second, which
 runs that plan, only corrects what it predicts: the less a step waits, the hotter and slower the
-device computes, which no step of another plan can show.
+device computes, which no step of another plan can show. A step in which something ran forward only
+(an evaluation with gradients, an exception) is timed again in the next one, a few times.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ _TIMES_FROM = 2
 """Steps before the one that is timed: one is traced, one more may compile kernels."""
 
 _TIMED_STEPS = 2
+_MAX_RETRIES = 3
 
 
 class Replanning:
@@ -29,6 +31,8 @@ class Replanning:
         self.next_plan: Plan | None = None
         self._timed_step: int | None = None
         self._num_timed = 0
+        self._num_retries = 0
+        self._corrected = False
 
     def begin(self, planner: Planner) -> None:
         """The traced step ended: make the first plan."""
@@ -38,11 +42,15 @@ class Replanning:
     def at_root(self, engine: ActivationEngine, resources: Resources, steps: Steps) -> None:
         """Put a new plan in force where this step shows what the trace could not."""
         planner = self.planner
-        if planner is None or engine.has_live_frames:
+        if planner is None:
+            return
+        if self._timed_step is not None and steps.num_steps > self._timed_step:
+            self._calibrate(planner, engine, steps)
+        if engine.has_live_frames:
             return
         stale = planner.sees_gradients(steps.grad_bytes())
-        if self._timed_step is not None and steps.num_steps > self._timed_step:
-            self._calibrate(planner, engine, resources, steps)
+        if self._corrected:
+            self._corrected = False
             if self._num_timed == 1:
                 stale = True
             else:
@@ -57,16 +65,18 @@ class Replanning:
         undisturbed = steps.num_steps >= _TIMES_FROM and not resources.is_locking
         if undisturbed and self._num_timed < _TIMED_STEPS and not steps.begun:
             self._timed_step = steps.num_steps
-            steps.exposed_before = resources.transfers.moved.exposed_s
             engine.time_regions(RegionClock(resources.meter))
 
-    def _calibrate(
-        self, planner: Planner, engine: ActivationEngine, resources: Resources, steps: Steps
-    ) -> None:
+    def _calibrate(self, planner: Planner, engine: ActivationEngine, steps: Steps) -> None:
         """Correct the trace by the step that just ended."""
-        step_s, exposed_s = steps.last_step(resources.transfers.moved.exposed_s)
-        times = engine.clock.times() if engine.clock is not None else {}
-        planner.calibrate(engine.plan, step_s, exposed_s, times)
+        clock = engine.clock
+        assert clock is not None
         engine.time_regions(None)
         self._timed_step = None
+        if not clock.is_whole and self._num_retries < _MAX_RETRIES:
+            self._num_retries += 1
+            return
         self._num_timed += 1
+        self._corrected = True
+        if not clock.is_full:
+            planner.calibrate(engine.plan, steps.last_step_s(), clock)

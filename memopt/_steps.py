@@ -50,7 +50,6 @@ class Steps:
         self.first_step_s: float | None = None
         self.peak_bytes = 0
         self._states: States | None = None
-        self.exposed_before = 0.0
         self._times: list[float] = []
         self._last_s = 0.0
         self._spans: list[tuple[Any, Any]] = []
@@ -192,10 +191,10 @@ class Steps:
             observer.outside_standing_bytes,
         )
 
-    def last_step(self, exposed_s: float) -> tuple[float, float]:
-        """Return the last step's seconds and how many of them compute waited for transfers."""
+    def last_step_s(self) -> float:
+        """Return the seconds of the last step that ended."""
         self._resolve()
-        return self._last_s, max(0.0, exposed_s - self.exposed_before)
+        return self._last_s
 
     def step_times(self) -> tuple[float | None, float | None]:
         """Return seconds of the first step and the median of the others."""

@@ -8,12 +8,19 @@ itself.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from memopt.memory.meter import Meter
 from memopt.types.trace import RegionTimes
+
+MAX_CALLS = 1 << 14
+"""Region calls, and waits, that one clock marks: some loops never end the step that is timed."""
 
 
 @dataclass(eq=False)
@@ -43,9 +50,32 @@ class RegionClock:
         self._meter = meter
         self._calls: dict[str, list[_Call]] = {}
         self._phase: _Phase | None = None
+        self._waits: list[tuple[Any, Any]] = []
+        self._num_forwards: Counter[str] = Counter()
+        self._num_backwards: Counter[str] = Counter()
+        self._room = MAX_CALLS
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the step was longer than what is marked: its times are of no use."""
+        return self._room <= 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every forward had its backward: none was for evaluation, none failed."""
+        return all(self._num_backwards[name] >= n for name, n in self._num_forwards.items())
+
+    @property
+    def num_micro_batches(self) -> int:
+        """How many times backward went through the regions; 0 where it reached none."""
+        return max(
+            (min(n, self._num_backwards[name]) for name, n in self._num_forwards.items()), default=0
+        )
 
     def forward_begins(self, name: str) -> None:
         """A region's forward begins."""
+        self._num_forwards[name] += 1
+        self._take_room()
         phase = self._open()
         self._calls.setdefault(name, []).append(_Call(phase))
 
@@ -56,6 +86,7 @@ class RegionClock:
     def recompute_begins(self, name: str) -> None:
         """The backward of the region before is over; this one's recompute begins."""
         self._close()
+        self._num_backwards[name] += 1
         waiting = [c for c in self._calls.get(name, ()) if c.rerun is None]
         if waiting:
             waiting[-1].rerun = self._open()
@@ -69,14 +100,40 @@ class RegionClock:
         if running:
             running[-1].backward = self._open()
 
+    def untouched(self, name: str, output: Any) -> None:
+        """A region ran untouched: where backward reaches it, that of the region behind it is over."""
+        reached = False
+
+        def reach(_: Tensor) -> None:
+            nonlocal reached
+            if not reached:
+                reached = True
+                self._num_backwards[name] += 1
+                self._close()
+
+        outputs = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        outputs = [t for t in outputs if t.requires_grad and t.grad_fn is not None]
+        for tensor in outputs:
+            tensor.register_hook(reach)
+        if outputs:
+            self._num_forwards[name] += 1
+
     def backward_ends(self) -> None:
         """The step's backward is over."""
         self._close()
 
     def waited(self, begin: Any, end: Any) -> None:
         """Compute waited for a transfer between two marks."""
+        self._take_room()
+        if self.is_full:
+            return
+        self._waits.append((begin, end))
         if self._phase is not None:
             self._phase.waits.append((begin, end))
+
+    def waited_s(self) -> float:
+        """Return how long compute waited in all, inside of regions and outside."""
+        return sum(self._meter.seconds(begin, end) for begin, end in self._waits)
 
     def times(self) -> dict[str, RegionTimes]:
         """Return the regions whose forward and backward were both seen."""
@@ -85,7 +142,7 @@ class RegionClock:
             whole = [
                 (self._seconds(c.forward), self._seconds(c.rerun), self._seconds(c.backward))
                 for c in calls
-                if c.rerun is not None and c.backward is not None and c.backward.end is not None
+                if _is_over(c.forward) and _is_over(c.rerun) and _is_over(c.backward)
             ]
             if whole:
                 forward_s, rerun_s, backward_s = (
@@ -95,6 +152,12 @@ class RegionClock:
                     forward_s=forward_s, rerun_s=rerun_s, backward_s=backward_s
                 )
         return found
+
+    def _take_room(self) -> None:
+        self._room -= 1
+        if self.is_full:
+            self._calls.clear()
+            self._waits.clear()
 
     def _open(self) -> _Phase:
         self._phase = _Phase(self._meter.mark())
@@ -109,3 +172,8 @@ class RegionClock:
         assert phase is not None
         waited = sum(self._meter.seconds(begin, end) for begin, end in phase.waits)
         return max(0.0, self._meter.seconds(phase.begin, phase.end) - waited)
+
+
+def _is_over(phase: _Phase | None) -> bool:
+    """Whether a phase was marked at both ends: another one's begin may have cut it off."""
+    return phase is not None and phase.end is not None

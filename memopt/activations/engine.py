@@ -110,6 +110,7 @@ class ActivationEngine:
     def close(self) -> None:
         """Detach and close the transfers; what live graphs still need comes home first."""
         self.detach()
+        self.time_regions(None)
         self.closed = True
         try:
             for stored in list(self._moving):
@@ -155,10 +156,10 @@ class ActivationEngine:
         name = self._call_name(patch.name)
         plan = self._plans.get(name, _RECOMPUTED)
         if plan.plain and self.observer is None:
-            return patch.plain(*args, **kwargs)
+            return self._untouched(name, patch, args, kwargs)
         if has_filled_cache(args, kwargs):
             self.notes["regions called with a filled key/value cache run untouched"] = None
-            return patch.plain(*args, **kwargs)
+            return self._untouched(name, patch, args, kwargs)
         args, kwargs, had_cache = without_caches(args, kwargs)
         if had_cache:
             self.notes[
@@ -202,6 +203,14 @@ class ActivationEngine:
             frame.call_args = None
         if failed:
             raise failed.pop()
+        return out
+
+    def _untouched(
+        self, name: str, patch: PatchedForward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        out = patch.plain(*args, **kwargs)
+        if self.clock is not None:
+            self.clock.untouched(name, out)
         return out
 
     def _call_name(self, name: str) -> str:

@@ -17,21 +17,28 @@ from memopt.types.trace import RegionTimes, RegionTrace, StepTrace
 
 
 def recalibrated(
-    trace: StepTrace, plan: Plan, compute_s: float, times: Mapping[str, RegionTimes]
+    trace: StepTrace,
+    plan: Plan,
+    compute_s: float,
+    times: Mapping[str, RegionTimes],
+    num_micro_batches: int,
 ) -> StepTrace:
     """Return `trace` with the times that a step under `plan` showed.
 
     Regions of one group share the median of those that were timed. Regions of a group without any
-    (all of it ran untouched) keep their proportions and are scaled as the others were.
+    (all of it ran untouched) keep their proportions and are scaled as the others were. Where none
+    was timed, regions keep their times as far as the step was long enough for them.
 
     Args:
         trace: the step as traced.
         plan: in force in the timed step.
         compute_s: seconds of the timed step, waits for transfers taken off.
         times: of its regions by name.
+        num_micro_batches: how many the timed step had; the returned trace has as many.
     """
-    if not times or compute_s <= 0.0:
+    if compute_s <= 0.0 or num_micro_batches < 1:
         return trace
+    trace = replace(trace, num_micro_batches=num_micro_batches)
     plans = {r.name: r for r in plan.regions}
     groups: dict[str, list[RegionTrace]] = {}
     for region in trace.regions:
@@ -41,9 +48,20 @@ def recalibrated(
         for group, regions in groups.items()
         if any(r.name in times for r in regions)
     }
-    scale = _scale(trace, timed)
+    scale = _scale(trace, timed) if timed else _fitting(trace, plans, compute_s)
     regions = tuple(_retimed(r, timed.get(r.group), scale) for r in trace.regions)
-    return _with_outside(replace(trace, regions=regions), plans, compute_s, times)
+    return _with_outside(replace(trace, regions=regions), plans, compute_s)
+
+
+def with_micro_batches(trace: StepTrace, num_micro_batches: int) -> StepTrace:
+    """Return `trace` for a step of another number of micro-batches (at least 1)."""
+    ratio = num_micro_batches / trace.num_micro_batches
+    return replace(
+        trace,
+        num_micro_batches=num_micro_batches,
+        forward_s=trace.forward_s * ratio,
+        backward_s=trace.backward_s * ratio,
+    )
 
 
 def _group_times(
@@ -67,16 +85,41 @@ def _whole_recompute(region: RegionTrace, plan: RegionPlan | None, rerun_s: floa
     Ops behind the last saved one are never run again. Where single op times add up to more than
     the whole (gaps between ops are in them), what was answered counts by its share.
     """
+    answered, every = _answered(region, plan)
+    whole = rerun_s + answered
+    if whole >= every or answered >= every:
+        return whole
+    return min(every, rerun_s / (1.0 - answered / every))
+
+
+def _answered(region: RegionTrace, plan: RegionPlan | None) -> tuple[float, float]:
+    """Return the seconds of the ops that a plan answers from storage, and of all that a recompute runs."""
     last = max((op.position for op in region.ops if op.saved_nbytes > 0), default=-1)
     kept = (
         {o.position for o in plan.ops if o.placement != "recompute"} if plan is not None else set()
     )
     every = sum(op.time_s for op in region.ops if op.position <= last)
     answered = sum(op.time_s for op in region.ops if op.position <= last and op.position in kept)
-    whole = rerun_s + answered
-    if whole >= every or answered >= every:
-        return whole
-    return min(every, rerun_s / (1.0 - answered / every))
+    return answered, every
+
+
+def _inside_s(trace: StepTrace, plans: Mapping[str, RegionPlan]) -> float:
+    """Return what the regions take in one micro-batch under a plan, as the cost model counts it."""
+    total = 0.0
+    for region in trace.regions:
+        total += region.forward_s + region.backward_s
+        plan = plans.get(region.name)
+        if plan is None or not plan.plain:
+            answered, every = _answered(region, plan)
+            shrink = min(1.0, region.recompute_s / every) if every > 0.0 else 0.0
+            total += max(0.0, region.recompute_s - answered * shrink)
+    return total
+
+
+def _fitting(trace: StepTrace, plans: Mapping[str, RegionPlan], compute_s: float) -> float:
+    """Return how much faster the regions must be than traced to fit into the timed step; at most 1."""
+    inside_s = _inside_s(trace, plans) * trace.num_micro_batches
+    return min(1.0, compute_s / inside_s) if inside_s > 0.0 else 1.0
 
 
 def _scale(trace: StepTrace, timed: Mapping[str, RegionTimes]) -> float:
@@ -102,24 +145,14 @@ def _retimed(region: RegionTrace, times: RegionTimes | None, scale: float) -> Re
     )
 
 
-def _with_outside(
-    trace: StepTrace,
-    plans: Mapping[str, RegionPlan],
-    compute_s: float,
-    times: Mapping[str, RegionTimes],
-) -> StepTrace:
-    """Make the step's own times agree: what is not in regions is outside them, or the optimizer."""
-    micro = max(1, trace.num_micro_batches)
-    spent = 0.0
-    for region in trace.regions:
-        seen, plan = times.get(region.name), plans.get(region.name)
-        if seen is not None:
-            spent += seen.total_s
-        elif plan is not None and plan.plain:
-            spent += region.forward_s + region.backward_s
-        else:
-            spent += region.forward_s + region.recompute_s + region.backward_s
-    left = compute_s - spent * micro
+def _with_outside(trace: StepTrace, plans: Mapping[str, RegionPlan], compute_s: float) -> StepTrace:
+    """Make the step's own times agree: what is not in regions is outside them, or the optimizer.
+
+    What single regions took above their group's median (the first one's backward lasts until the
+    step ends, with the embedding's and the clipping of gradients) is outside.
+    """
+    micro = trace.num_micro_batches
+    left = compute_s - _inside_s(trace, plans) * micro
     outside_s = max(0.0, left - trace.optimizer_s)
     return replace(
         trace,

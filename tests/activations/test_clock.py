@@ -8,7 +8,9 @@ from torch import nn
 
 import memopt
 from memopt._planning import Planner
-from memopt.activations.clock import RegionClock
+from memopt.activations.clock import MAX_CALLS, RegionClock
+from memopt.memory.meter import CpuMeter
+from memopt.types.plan import Plan, RegionPlan
 
 
 class Hands:
@@ -48,6 +50,9 @@ def test_phases_without_their_waits():
     assert [times[n].forward_s for n in "ab"] == [1.5, 2.5]
     assert [times[n].rerun_s for n in "ab"] == [4.0, 3.0]
     assert [times[n].backward_s for n in "ab"] == [20.0, 10.0]
+    assert clock.waited_s() == 53.0, "outside regions, too"
+    assert clock.num_micro_batches == 1
+    assert clock.is_whole
 
 
 def test_what_was_not_seen_whole_is_left_out():
@@ -62,6 +67,8 @@ def test_what_was_not_seen_whole_is_left_out():
     hands.pass_s(7.0)
     clock.recompute_begins("b")  # an exception ended backward here
     assert set(clock.times()) == {"c"}
+    assert not clock.is_whole
+    assert clock.num_micro_batches == 1
     assert clock.times()["c"].backward_s == 7.0
 
 
@@ -84,9 +91,9 @@ def test_two_steps_are_timed_whole(monkeypatch, with_optimizer, num_micro):
     seen = []
     real = Planner.calibrate
 
-    def calibrate(self, plan, step_s, exposed_s, times):
-        seen.append((step_s, times))
-        real(self, plan, step_s, exposed_s, times)
+    def calibrate(self, plan, step_s, clock):
+        seen.append((step_s, clock.times()))
+        real(self, plan, step_s, clock)
 
     monkeypatch.setattr(Planner, "calibrate", calibrate)
     blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4))
@@ -109,3 +116,155 @@ def test_two_steps_are_timed_whole(monkeypatch, with_optimizer, num_micro):
     assert set(times) == set(named if with_optimizer else named[1:])
     assert sum(t.total_s for t in times.values()) * (num_micro if with_optimizer else 1) > 0.0
     assert sum(t.forward_s for t in times.values()) < step_s
+
+
+def test_a_call_inside_another_ones_forward_is_no_crash():
+    clock = RegionClock(Hands())
+    clock.forward_begins("a")
+    clock.forward_begins("b")  # a module that holds another region where no one sees it
+    clock.forward_ends()
+    clock.forward_ends()
+    for name in "ab":
+        clock.recompute_begins(name)
+        clock.recompute_ends(name)
+    clock.backward_ends()
+    assert set(clock.times()) == {"b"}
+
+
+def test_a_step_that_never_ends_is_not_marked_for_ever():
+    clock = RegionClock(Hands())
+    for _ in range(MAX_CALLS + 100):
+        clock.forward_begins("a")
+        clock.waited(0.0, 1.0)
+        clock.forward_ends()
+    assert clock.is_full
+    assert sum(map(len, clock._calls.values())) <= 1
+    assert clock.waited_s() == 0.0
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.failing:
+            raise FloatingPointError("as asked")
+        return x + self.b(nn.functional.gelu(self.a(x)))
+
+    failing = False
+
+
+class Stack(nn.Module):
+    def __init__(self, num_blocks: int = 6) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.blocks = nn.ModuleList(Block() for _ in range(num_blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def untouched(*numbers: int) -> Plan:
+    return Plan(
+        regions=tuple(RegionPlan(name=f"blocks.{i}", plain=i in numbers) for i in range(6))
+    )
+
+
+@pytest.fixture
+def bytes_for_seconds(monkeypatch):
+    """A clock that goes on by what is allocated: a machine without noise."""
+    monkeypatch.setattr(CpuMeter, "mark", lambda self: self.accounted.born_bytes / 1e9)
+
+
+LOOPS = {
+    "recompute": {},
+    "untouched": {"plan": "device"},
+    "one at the end runs again": {"plan": untouched(0, 1, 2, 3, 4)},
+    "one in the middle runs again": {"plan": untouched(0, 1, 3, 4, 5)},
+    "the first run untouched": {"plan": untouched(0, 1, 2)},
+    "first step of one micro-batch": {"num_micro": lambda step: 4 if step else 1},
+    "later steps of one micro-batch": {"num_micro": lambda step: 1 if step else 4},
+    "one timed step of fewer": {"num_micro": lambda step: 1 if step == 3 else 4},
+    "work between backward and step": {"between": 40},
+    "evaluation with gradients": {"evaluated": (2, 3)},
+    "an exception": {"fails": (2, 3)},
+    "without an optimizer": {"with_optimizer": False},
+}
+
+
+@pytest.mark.usefixtures("bytes_for_seconds")
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_is_predicted_is_what_the_loop_takes(loop):
+    assert run_loop(**LOOPS[loop]) == pytest.approx(1.0, abs=0.03)
+
+
+def run_loop(
+    *, plan="recompute", num_micro=lambda step: 1, between=0, evaluated=(), fails=(), with_optimizer=True
+):  # fmt: skip
+    """Return the predicted time of a step over the median of those measured."""
+    model, x = Stack(), torch.ones(256, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if with_optimizer else None
+    with memopt.optimize(model, optimizer, plan=plan) as run:
+        for step in range(12):
+            if step in evaluated:
+                for _ in range(20):
+                    model(x)
+            if step in fails:
+                model.blocks[3].failing = True
+                with pytest.raises(FloatingPointError):
+                    model(x)
+                torch.ones(20_000_000)  # what the program does about it takes long
+                model.blocks[3].failing = False
+            for _ in range(num_micro(step)):
+                model(x).sum().backward()
+            for _ in range(between):
+                torch.ones(256, 64)
+            if optimizer is not None:
+                optimizer.step()
+            model.zero_grad()
+    report = run.report()
+    return report.predicted.step_s / report.measured.step_s
+
+
+@pytest.mark.usefixtures("bytes_for_seconds")
+def test_a_step_is_measured_by_itself_where_graphs_still_live(monkeypatch):
+    seen = []
+    real = Planner.calibrate
+
+    def calibrate(self, plan, step_s, clock):
+        seen.append((step_s, clock.num_micro_batches))
+        real(self, plan, step_s, clock)
+
+    monkeypatch.setattr(Planner, "calibrate", calibrate)
+    model, x = Stack(), torch.ones(256, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    held = []
+    with memopt.optimize(model, optimizer, plan="recompute"):
+        for step in range(12):
+            if 2 <= step < 8:
+                held.append(model(x))  # alive at the next root forwards
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 8:
+                held.clear()
+    assert len(seen) == 2
+    assert all(num_micro == 1 for _, num_micro in seen)
+
+
+def test_the_clock_stops_with_the_session():
+    model = Stack()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with memopt.optimize(model, optimizer, plan="recompute") as run:
+        for _ in range(2):
+            model(torch.ones(256, 64)).sum().backward()
+            optimizer.step()
+        loss = model(torch.ones(256, 64)).sum()
+        assert run._engine.clock is not None
+    assert run._engine.clock is None
+    assert run._engine.transfers.moved.on_wait is None
+    loss.backward()

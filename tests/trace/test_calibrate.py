@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memopt.plan import predict
-from memopt.trace.calibrate import recalibrated
+from memopt.trace.calibrate import recalibrated, with_micro_batches
 from memopt.types.hardware import Hardware
 from memopt.types.plan import OpPlacement, Plan, RegionPlan
 from memopt.types.trace import OpTrace, RegionTimes, RegionTrace, StepTrace
@@ -74,7 +74,7 @@ def test_the_prediction_is_the_true_step_also_under_another_plan(micro):
     first = [{0}, {0, 1}, set(), {0, 1, 2}]
     plan = Plan(regions=tuple(kept(f"r{i}", p) for i, p in enumerate(first)))
     times = {f"r{i}": true_times(p) for i, p in enumerate(first)}
-    corrected = recalibrated(trace, plan, true_step_s(first, micro), times)
+    corrected = recalibrated(trace, plan, true_step_s(first, micro), times, micro)
     assert predict(corrected, plan, HARDWARE).step_s == pytest.approx(
         true_step_s(first, micro), rel=1e-6
     )
@@ -98,7 +98,7 @@ def test_op_times_with_gaps_are_shares_of_the_whole(positions, tightness):
         )
     }
     trace = step_trace([region("r0")], compiling_s=0.0)
-    corrected = recalibrated(trace, plan, 1.0, times)
+    corrected = recalibrated(trace, plan, 1.0, times, 1)
     if answered < every:
         assert corrected.regions[0].recompute_s == pytest.approx(whole, rel=1e-6)
     else:
@@ -114,7 +114,7 @@ def test_groups_that_ran_untouched_are_scaled_as_the_others_were():
     plan = Plan(regions=(kept("r0", set()), RegionPlan(name="other", plain=True)))
     trace = step_trace(regions, compiling_s=0.0)
     times = {"r0": true_times(set())}
-    corrected = recalibrated(trace, plan, 1.0, times)
+    corrected = recalibrated(trace, plan, 1.0, times, 1)
     before = sum((regions[0].forward_s, regions[0].recompute_s, regions[0].backward_s))
     scale = true_times(set()).total_s / before
     assert corrected.regions[1].backward_s == pytest.approx(regions[1].backward_s * scale)
@@ -128,12 +128,36 @@ def test_one_outlier_does_not_decide():
         times["r4"], backward_s=5.0, forward_s=3.0
     )  # the embedding's, a first kernel
     plan = Plan(regions=tuple(kept(f"r{i}", set()) for i in range(5)))
-    corrected = recalibrated(step_trace(regions, compiling_s=0.0), plan, 9.0, times)
+    corrected = recalibrated(step_trace(regions, compiling_s=0.0), plan, 9.0, times, 1)
     assert {(r.forward_s, r.backward_s) for r in corrected.regions} == {(FORWARD_S, BACKWARD_S)}
+    assert predict(corrected, plan, HARDWARE).step_s == pytest.approx(9.0), "it took time all the same"
 
 
 @pytest.mark.parametrize("compute_s", [0.0, -1.0])
-def test_without_times_the_trace_stays(compute_s):
+def test_without_a_time_the_trace_stays(compute_s):
     trace = step_trace([region("r0")], compiling_s=1.0)
-    assert recalibrated(trace, Plan(), 1.0, {}) is trace
-    assert recalibrated(trace, Plan(), compute_s, {"r0": true_times(set())}) is trace
+    assert recalibrated(trace, Plan(), compute_s, {"r0": true_times(set())}, 1) is trace
+
+
+@pytest.mark.parametrize("step_s", [0.05, 1.0])
+def test_where_all_ran_untouched_the_step_is_still_the_one_measured(step_s):
+    regions = [region("r0"), region("r1")]
+    plan = Plan(regions=tuple(RegionPlan(name=r.name, plain=True) for r in regions))
+    corrected = recalibrated(step_trace(regions, compiling_s=3.0), plan, step_s, {}, 1)
+    assert predict(corrected, plan, HARDWARE).step_s == pytest.approx(step_s)
+    slower = corrected.regions[0].backward_s / regions[0].backward_s
+    assert slower == 1.0 if step_s == 1.0 else slower < 1.0
+
+
+@pytest.mark.parametrize(("traced", "timed"), [(1, 4), (4, 1)])
+def test_a_timed_step_with_more_or_fewer_micro_batches_than_the_traced(traced, timed):
+    trace = step_trace([region("r0"), region("r1")], compiling_s=1.0, micro=traced)
+    plan = Plan(regions=(kept("r0", {0}), kept("r1", {0})))
+    times = {name: true_times({0}) for name in ("r0", "r1")}
+    step_s = true_step_s([{0}, {0}], timed)
+    corrected = recalibrated(trace, plan, step_s, times, timed)
+    assert predict(corrected, plan, HARDWARE).step_s == pytest.approx(step_s)
+    as_traced = with_micro_batches(corrected, traced)
+    assert predict(as_traced, plan, HARDWARE).step_s == pytest.approx(
+        true_step_s([{0}, {0}], traced)
+    )
