@@ -4,13 +4,14 @@ Out: the copy to a staging buffer is queued on the stream out, and behind it a h
 queues the write. In: the read is given to the disk together with a word in page-locked memory; on a stream of its own
 the device waits for that word and copies. So a fetch is queued as a whole, before a byte of it has been read, and the
 host goes on. Tensors travel in pieces through a bounded ring of staging buffers: a piece's copy runs while the next
-piece is on the disk's side, and a tensor may be larger than the ring.
+piece is on the disk's side, and a tensor may be larger than the ring. A piece that is wanted back while its write still
+holds the staging buffer (backward begins where forward ended) comes from there and not from the disk.
 
 Why nothing waits for ever. Every wait of the machinery is for something that was *submitted before it*:
 - a host function waits for its copy; the copy for kernels queued before it; those, at most, for fetches queued earlier;
 - the stream in waits for a word only after its read was accepted by the disk's thread, which needs nothing of CUDA and
   sets the word however the read ends (an engine that closes or breaks ends its reads too);
-- a read is submitted only when the writes of its tensor are over, so it never waits for a host function: CUDA may run
+- a read is submitted only when the write of its piece is over, so it never waits for a host function: CUDA may run
   streams one after the other in the order of submission, and even then each wait is behind what it waits for;
 - a staging buffer is held by a write (ends after its copy) or by a read whose wait and copy are queued already (a read
   without its copy queued holds none): whoever waits for staging waits for such a chain, never for another waiter. What
@@ -33,6 +34,7 @@ from typing import Any, Protocol
 import torch
 from torch.autograd import Variable
 
+from memopt.activations.spill import StagedWrite
 from memopt.io import ExtentStore, RawBuffer
 from memopt.memory.pinned import HostBuffer, HostPool
 from memopt.memory.streams import StreamCalls, Words, open_stream_calls
@@ -155,12 +157,22 @@ class Chain:
                 self._words.give(word, event)
         return event
 
+    def fetch_staged(self, write: StagedWrite, copied: Any, destination: int) -> Any:
+        """Queue the way in of a piece that is still in its staging buffer; return the event of its end."""
+        assert write.buffer is not None
+        self.in_stream.wait_event(copied)
+        try:
+            self.copy(self.in_stream, destination, write.buffer.address, write.buffer.nbytes)
+        finally:
+            write.fetched = self.in_stream.record_event()
+        return write.fetched
+
     def later(self, waiting: Advancing) -> None:
         """Remember a tensor that could not be fetched as a whole."""
         self._waiting.append(weakref.ref(waiting))
 
     def pump(self) -> None:
-        """Go on with the tensors that found no staging or whose writes were not over, in the order of asking."""
+        """Go on with the tensors that found no staging, in the order of asking."""
         kept: list[weakref.ref[Any]] = []
         self.is_dry = False
         try:

@@ -15,6 +15,7 @@ from memopt.memory.pinned import HostBuffer
 if TYPE_CHECKING:
     from memopt.activations.chain import Chain
     from memopt.activations.cuda import CudaTransfers, Outgoing
+    from memopt.activations.spill import StagedWrite
     from memopt.activations.stored import Label, Stored
 
 
@@ -32,7 +33,7 @@ class ChainStored:
         self._chain: Chain = transfers.chain
         self._extent = extent
         self._outgoing: Outgoing | None = None
-        self._writes: list[Any] = []
+        self._pieces: list[tuple[StagedWrite, Any]] = []
         self._shape = source.shape
         self._stride = source.stride()
         self._dtype = source.dtype
@@ -88,12 +89,12 @@ class ChainStored:
     def _send_piece(self, source: Tensor, stream: Any, buffer: HostBuffer, offset: int) -> None:
         try:
             self._chain.copy(stream, buffer.address, source.data_ptr() + offset, buffer.nbytes)
-            ticket = self._chain.write(stream.record_event(), self._extent, buffer, offset)
+            copied = stream.record_event()
+            ticket = self._chain.write(copied, self._extent, buffer, offset)
         except BaseException:
             buffer.release()
             raise
-        self._area.watch(ticket, buffer)
-        self._writes.append(ticket)
+        self._pieces.append((self._area.watch(ticket, buffer), copied))
 
     def protect(self) -> None:
         """Order the program's write after the copy out."""
@@ -117,46 +118,42 @@ class ChainStored:
         """Queue the pieces that there is staging for; return whether nothing (more) is asked for."""
         if self._extent is None or not (wait or self._is_waiting):
             return True
-        if not self._written(wait=wait):
-            return False
         while self._begun_bytes < self.nbytes:
-            size = min(self._chain.piece_bytes, self.nbytes - self._begun_bytes)
-            ready = wait or self._chain.can_queue
-            buffer = self._area.stage(size, wait=wait) if ready else None
-            if buffer is None:
-                self._chain.is_dry = True
+            if not self._land(wait=wait):
                 return False
-            self._land(buffer)
         self._is_waiting = False
         return True
 
-    def _written(self, *, wait: bool) -> bool:
-        """Whether every write is over; raises one that failed."""
-        while self._writes:
-            if not wait and not self._writes[0].done():
-                return False
-            self._writes[0].wait()
-            self._writes.pop(0)
+    def _land(self, *, wait: bool) -> bool:
+        """Queue the next piece's way to its place in the landing tensor; return whether there was room for that."""
+        chain, offset = self._chain, self._begun_bytes
+        size = min(chain.piece_bytes, self.nbytes - offset)
+        write, copied = self._pieces[offset // chain.piece_bytes]
+        buffer = None
+        if write.buffer is None and (wait or chain.can_queue):
+            buffer = self._area.stage(size, wait=wait)
+        if write.buffer is None and buffer is None:
+            chain.is_dry = True
+            return False
+        landing = self._landing = self._landing or self._new_landing()
+        assert landing.tensor is not None
+        destination = landing.tensor.data_ptr() + offset
+        moved = self._transfers.moved
+        if buffer is None:
+            landing.event = chain.fetch_staged(write, copied, destination)
+        else:
+            landing.event = chain.read(self._extent, buffer, offset, destination)
+            moved.ssd_read_bytes += size
+        moved.h2d_bytes += size
+        self._begun_bytes += size
         return True
 
-    def _land(self, buffer: HostBuffer) -> None:
-        """Queue one piece's way to its place in the landing tensor."""
-        transfers = self._transfers
-        landing = self._landing
-        if landing is None:
-            compute = torch.cuda.current_stream(transfers.device)
-            tensor = self._new_tensor()
-            allocated = compute.record_event()
-            self._chain.in_stream.wait_event(allocated)
-            landing = self._landing = Landing(tensor, allocated, compute)
-        assert landing.tensor is not None
-        offset = self._begun_bytes
-        self._begun_bytes += buffer.nbytes
-        transfers.moved.ssd_read_bytes += buffer.nbytes
-        transfers.moved.h2d_bytes += buffer.nbytes
-        landing.event = self._chain.read(
-            self._extent, buffer, offset, landing.tensor.data_ptr() + offset
-        )
+    def _new_landing(self) -> Landing:
+        compute = torch.cuda.current_stream(self._transfers.device)
+        tensor = self._new_tensor()
+        allocated = compute.record_event()
+        self._chain.in_stream.wait_event(allocated)
+        return Landing(tensor, allocated, compute)
 
     def take(self, *, keep: bool) -> Tensor:
         """Return the tensor; the current stream waits for its last piece. The extent stays until the graph lets go."""
@@ -187,7 +184,6 @@ class ChainStored:
         if self._extent is None:
             return
         self._landing = None
-        self._written(wait=True)
         flat = torch.empty(self.nbytes, dtype=torch.uint8)
         memory = RawBuffer(address=flat.data_ptr(), nbytes=self.nbytes, owner=flat)
         self._area.store.read(self._extent, memory).wait()

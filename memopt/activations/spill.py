@@ -37,7 +37,7 @@ class SpillArea:
     def __init__(self, store: ExtentStore, staging: HostPool) -> None:
         self.store = store
         self.staging = staging
-        self._writing: deque[_Write] = deque()
+        self._writing: deque[StagedWrite] = deque()
         self._waiter: ThreadPoolExecutor | None = None
 
     def stage(self, nbytes: int, *, wait: bool = True) -> HostBuffer | None:
@@ -67,9 +67,11 @@ class SpillArea:
         self.watch(ticket, buffer)
         return ticket
 
-    def watch(self, ticket: Any, buffer: HostBuffer) -> None:
+    def watch(self, ticket: Any, buffer: HostBuffer) -> StagedWrite:
         """Take charge of a write under way and of the buffer that it empties."""
-        self._writing.append(_Write(ticket, buffer))
+        write = StagedWrite(ticket, buffer)
+        self._writing.append(write)
+        return write
 
     def write_after(self, event: Any, extent: Any, buffer: HostBuffer) -> Any:
         """Write a staging buffer out once a CUDA event has passed."""
@@ -130,21 +132,27 @@ class SpillArea:
         finally:
             self.staging.close()
 
-    def _retire(self, write: _Write) -> None:
+    def _retire(self, write: StagedWrite) -> None:
         try:
             write.ticket.wait()
         finally:
-            write.buffer.release()
+            buffer, write.buffer = write.buffer, None
+            if buffer is not None:
+                buffer.release(write.fetched)
 
 
-class _Write:
-    """A write under way and the buffer it reads from."""
+class StagedWrite:
+    """A write under way and the buffer it reads from, None when that went back to the pool.
 
-    __slots__ = ("buffer", "ticket")
+    `fetched` is the event of the last copy to a device that reads the buffer too, or None.
+    """
+
+    __slots__ = ("buffer", "fetched", "ticket")
 
     def __init__(self, ticket: Any, buffer: HostBuffer) -> None:
         self.ticket = ticket
-        self.buffer = buffer
+        self.buffer: HostBuffer | None = buffer
+        self.fetched: Any = None
 
 
 class _Chained:
