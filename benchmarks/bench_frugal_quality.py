@@ -38,48 +38,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from _byte_llama import SIZES, Llama, Programs  # noqa: E402
 from _byte_text import Corpus, load_corpus  # noqa: E402
 from _common import command, commit, write_json  # noqa: E402
+from _quality_methods import CORE, EXTRA, methods, state_bytes  # noqa: E402
 from _quality_report import best_rate, draw, full_rate, markdown, summary  # noqa: E402
 
-from memopt.optim import Frugal, frugal_groups  # noqa: E402
-from memopt.optim.presets import badam, galore, scale  # noqa: E402
-
-CORE = ("AdamW", "FRUGAL 0.25", "GaLore 0.25")  # what the claim is about: first in line
 GRID_SHARE, GRID_RATIO, LONGEST_GRID = 0.1, 3.0, 5
 CURVE_STEPS, CURVE_POINTS, CURVE_BATCHES, LAST_BATCHES = 100, 20, 8, 48
-
-
-# ----------------------------------------------------------------------------------------- methods
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """An optimizer of (model, lr), and the learning rates that its grid begins with."""
-
-    make: Callable[[Llama, float], torch.optim.Optimizer]
-    grid: tuple[float, ...]
-
-
-def methods(gap: int) -> dict[str, Method]:
-    """Return what is compared; all split methods share roles (`frugal_groups`) and gap."""
-
-    def split(density: float) -> Callable[[Llama, float], torch.optim.Optimizer]:
-        return lambda m, lr: Frugal(frugal_groups(m, density), lr=lr, update_gap=gap)
-
-    def adamw(m: Llama, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=0.0, fused=True)
-
-    def galore_like(m: Llama, lr: float) -> torch.optim.Optimizer:
-        return galore(frugal_groups(m, 0.25), lr=lr, update_gap=gap)
-
-    def badam_like(m: Llama, lr: float) -> torch.optim.Optimizer:
-        return badam(frugal_groups(m), lr=lr, num_blocks=4, switch_every=gap)
-
-    return {
-        "AdamW": Method(make=adamw, grid=(1e-3, 3e-3, 9e-3)),
-        "FRUGAL 0.25": Method(make=split(0.25), grid=(3.3e-4, 1e-3, 3e-3)),
-        "GaLore 0.25": Method(make=galore_like, grid=(3.3e-3, 1e-2, 3e-2)),
-        "FRUGAL 0": Method(make=split(0.0), grid=(3.3e-4, 1e-3, 3e-3)),
-        "BAdam-like": Method(make=badam_like, grid=(1e-3, 3e-3, 9e-3)),
-        "SCALE": Method(make=lambda m, lr: scale(m, lr=lr, adam_lr=2e-3), grid=(1e-2, 3e-2, 9e-2)),
-    }
 
 
 # ----------------------------------------------------------------------------------------- jobs
@@ -106,7 +69,7 @@ class Plan:
         self.options, self.runs = options, runs
         self.grid_bytes = int(options.bytes * GRID_SHARE)
         self.grids = {name: method.grid for name, method in methods(options.gap).items()}
-        wanted = options.methods or list(self.grids)
+        wanted = options.methods or [name for name in self.grids if name not in EXTRA]
         self.core = [name for name in CORE if name in wanted]
         self.others = [name for name in wanted if name not in CORE]
 
@@ -319,16 +282,6 @@ def factor(step: int, steps: int) -> float:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of optimizer state."""
-    if isinstance(optimizer, Frugal):
-        return optimizer.state_bytes()
-    tensors = [
-        v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)
-    ]
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 # ----------------------------------------------------------------------------------------- the loop

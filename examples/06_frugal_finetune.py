@@ -74,14 +74,21 @@ def evaluate(model: torch.nn.Module, text: torch.Tensor) -> float:
     return sum(losses) / len(losses)
 
 
-def main(pretrain_steps: int = 80, finetune_steps: int = 80) -> dict[str, tuple[float, int]]:
-    """Pre-train once, fine-tune twice; return {optimizer: (loss, state bytes)}."""
+def small_llama() -> torch.nn.Module:
+    """Return a Llama of half a million parameters."""
     torch.manual_seed(0)
-    prose, code = texts()
-    base = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=4,
                     num_attention_heads=4, max_position_embeddings=LENGTH)
     )  # fmt: skip
+
+
+def main(
+    pretrain_steps: int = 80, finetune_steps: int = 80, base: torch.nn.Module | None = None
+) -> dict[str, tuple[float, int]]:
+    """Pre-train once, fine-tune twice; return {optimizer: (loss, state bytes)}."""
+    prose, code = texts()
+    base = small_llama() if base is None else base
     train(base, torch.optim.AdamW(base.parameters(), lr=3e-3), prose, pretrain_steps, seed=1)
     before = evaluate(base, code)
     results = {"before fine-tuning": (before, 0)}

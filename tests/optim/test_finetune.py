@@ -1,4 +1,4 @@
-"""The promise of CI: a fine-tune with FRUGAL reaches AdamW's loss within 2 %."""
+"""The promise of CI: a fine-tune of the demo's model with FRUGAL reaches AdamW's loss within 2 %."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ import pytest
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "06_frugal_finetune.py"
 
 
-def test_finetune_reaches_the_loss_of_adamw():
+@pytest.mark.parametrize("layers", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_finetune_reaches_the_loss_of_adamw(layers):
     pytest.importorskip("transformers")
-    results = runpy.run_path(str(EXAMPLE))["main"](60, 80)
+    from memopt.cli.demo_worker import DemoConfig, build_model
+
+    example = runpy.run_path(str(EXAMPLE))
+    model = build_model(DemoConfig(num_layers=layers, sequence_length=example["LENGTH"]))
+    results = example["main"](40, 60, model)
     before, (adamw, adamw_bytes), (frugal, frugal_bytes) = (
         results["before fine-tuning"][0], results["AdamW"], results["FRUGAL"],
     )  # fmt: skip

@@ -1,0 +1,74 @@
+"""The optimizers that `bench_frugal_quality.py` compares, with the learning rates to choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from _byte_llama import Llama
+from torch import Tensor
+
+from memopt.optim import Frugal, frugal_groups
+from memopt.optim.presets import badam, galore, scale
+
+CORE = ("AdamW", "FRUGAL 0.25", "GaLore 0.25")  # what the claim is about: first in line
+EXTRA = (
+    "FRUGAL 0.25 svd, exact",
+    "FRUGAL 0.25 svd, reference",
+    "FRUGAL 0.25 columns",
+)  # by --methods
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """An optimizer of (model, lr), and the learning rates that its grid begins with."""
+
+    make: Callable[[Llama, float], torch.optim.Optimizer]
+    grid: tuple[float, ...]
+
+
+def methods(gap: int) -> dict[str, Method]:
+    """Return what is compared; all split methods share roles (`frugal_groups`) and gap."""
+
+    def split(density: float, **more: Any) -> Callable[[Llama, float], torch.optim.Optimizer]:
+        return lambda m, lr: Frugal(frugal_groups(m, density, **more), lr=lr, update_gap=gap)
+
+    def subspace(complement: str) -> Method:
+        return Method(
+            make=split(0.25, selection="svd", complement=complement), grid=(3.3e-4, 1e-3, 3e-3)
+        )
+
+    def adamw(m: Llama, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+    def galore_like(m: Llama, lr: float) -> torch.optim.Optimizer:
+        return galore(frugal_groups(m, 0.25), lr=lr, update_gap=gap)
+
+    def badam_like(m: Llama, lr: float) -> torch.optim.Optimizer:
+        return badam(frugal_groups(m), lr=lr, num_blocks=4, switch_every=gap)
+
+    return {
+        "AdamW": Method(make=adamw, grid=(1e-3, 3e-3, 9e-3)),
+        "FRUGAL 0.25": Method(make=split(0.25), grid=(3.3e-4, 1e-3, 3e-3)),
+        "GaLore 0.25": Method(make=galore_like, grid=(3.3e-3, 1e-2, 3e-2)),
+        "FRUGAL 0": Method(make=split(0.0), grid=(3.3e-4, 1e-3, 3e-3)),
+        "BAdam-like": Method(make=badam_like, grid=(1e-3, 3e-3, 9e-3)),
+        "SCALE": Method(make=lambda m, lr: scale(m, lr=lr, adam_lr=2e-3), grid=(1e-2, 3e-2, 9e-2)),
+        "FRUGAL 0.25 svd, exact": subspace("exact"),
+        "FRUGAL 0.25 svd, reference": subspace("reference"),
+        "FRUGAL 0.25 columns": Method(
+            make=split(0.25, selection="columns"), grid=(3.3e-4, 1e-3, 3e-3)
+        ),
+    }
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of optimizer state."""
+    if isinstance(optimizer, Frugal):
+        return optimizer.state_bytes()
+    tensors = [
+        v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)
+    ]
+    return sum(t.numel() * t.element_size() for t in tensors)
