@@ -124,6 +124,7 @@ class Words:
         self._buffer = pool.take(num_words * _WORD_STRIDE_BYTES)
         self._cooling: deque[tuple[Any, Word]] = deque()
         self._free: list[Word] = []
+        self._closed = False
         self.reason = "" if self._buffer.is_locked else "page-locked memory was refused"
         """Why a device cannot see the words; empty when it can."""
         if not self.reason:
@@ -168,7 +169,10 @@ class Words:
             self._cooling.append((event, word))
 
     def close(self) -> None:
-        """Give the memory back; nothing may wait for a word any more."""
+        """Give the memory back; nothing may wait for a word any more. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
         self._free.clear()
         self._cooling.clear()
         self._buffer.release()

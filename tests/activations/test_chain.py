@@ -55,15 +55,15 @@ class Rig:
         self.chain.piece_bytes = piece
         self.transfers.chain = self.chain
 
-    def store(self, tensor):
+    def store(self, tensor, *, overwrite=True):
         """Store, with a kernel before that makes the value and one after that overwrites it once it may."""
         value, source = tensor, torch.zeros_like(tensor)
         self.device.allocated.append(source)
         self.device.compute.run(lambda: move(source, value))
         stored = self.transfers.store(source, "ssd", LABEL, clone_first=False, wait=True)
-        if stored is not None:
+        if stored is not None and overwrite:
             stored.protect()  # the program writes next: compute must wait for the copies out
-        self.device.compute.run(lambda: source.view(torch.uint8).fill_(0xEE))
+            self.device.compute.run(lambda: source.view(torch.uint8).fill_(0xEE))
         return stored
 
     def take(self, stored):
@@ -81,6 +81,7 @@ class Rig:
 
     def close(self) -> None:
         self.transfers.close()
+        self.transfers.close()  # a session closes its engine's transfers, then its resources'
         self.engine.close()
 
 
@@ -149,11 +150,12 @@ def test_round_trip(rig, nbytes, ahead):
 
 
 @pytest.mark.parametrize("nbytes", [65_537, 700_001, MIB])
-def test_what_is_still_in_staging_comes_from_there(rig, nbytes):
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_is_still_in_staging_comes_from_there(rig, nbytes, overwrite):
     """Backward begins where forward ended: the disk has not answered yet, and need not."""
     value = values(nbytes)
     rig.engine.inject(-errno.EAGAIN, count=2**31)
-    stored = rig.store(value)
+    stored = rig.store(value, overwrite=overwrite)
     begin = time.monotonic()
     rig.same(rig.take(stored), value)
     assert time.monotonic() - begin < 5, "it waited for the disk"
