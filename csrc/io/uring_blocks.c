@@ -203,7 +203,7 @@ static void complete_block(memopt_uring *engine, uint32_t index, int result)
         return;
     }
     if (result <= 0) {
-        fail(ticket, block, result < 0 ? -result : (request->is_write ? EIO : ENODATA));
+        fail(ticket, block, result < 0 ? -result : ENODATA);
         retire(engine, index);
         return;
     }

@@ -31,7 +31,7 @@ typedef struct {
     int32_t is_direct;
 } memopt_uring_request;
 
-/* How a ticket ended: error is 0 or an errno (ENODATA: the file ended), with the request and how far that got. */
+/* How a ticket ended: error is 0 or an errno (ENODATA: the kernel moved no byte), with the request and how far that got. */
 typedef struct {
     int32_t error;
     uint32_t request;

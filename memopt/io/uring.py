@@ -113,10 +113,10 @@ class _UringTicket(Ticket):
                 self.error = self.pieces[0].error(errno.ECANCELED, 0, self._why_cancelled())
             elif result.error:
                 piece, done = self.pieces[result.request], int(result.done_bytes)
-                at_end = result.error == errno.ENODATA or (
-                    result.error == errno.EIO and piece.kind == "write"
+                moved_nothing = result.error == errno.ENODATA
+                self.error = (
+                    piece.end_of_file(done) if moved_nothing else piece.error(result.error, done)
                 )
-                self.error = piece.end_of_file(done) if at_end else piece.error(result.error, done)
             self._is_over = True
 
     def _check_alive(self) -> None:
