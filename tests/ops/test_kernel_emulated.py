@@ -1,0 +1,123 @@
+"""The CUDA kernel's own sources against the optimizer in PyTorch, without a GPU."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from memopt.ops import frugal_step as op
+from memopt.optim import Frugal, execute, native
+from tests.ops import emulate_cuda
+
+# Odd sizes, rows shorter and longer than a tile, several rows a tile, one number, vectors.
+SHAPES = [(96, 256), (33, 20), (30,), (4, 3, 5), (700, 3), (1,), (64, 264), (3, 9000), (1, 5)]
+INCLUDE = emulate_cuda.cuda_include()
+pytestmark = pytest.mark.skipif(
+    INCLUDE is None or shutil.which("g++") is None, reason="needs CUDA's headers and g++"
+)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return emulate_cuda.build(tmp_path_factory.mktemp("kernel"), INCLUDE)
+
+
+@pytest.fixture
+def emulated(library, monkeypatch):
+    """Take the kernel's path with the emulated kernel behind it; count its launches."""
+    kept, launches = native.refusal, []
+    run = emulate_cuda.step_with(library)
+
+    class Ops:
+        @staticmethod
+        def frugal_step(*arguments):
+            launches.append(arguments)
+            run(*arguments)
+
+    def refusal(*arguments):
+        reason = kept(*arguments)
+        return "" if reason == "the parameters are on cpu" else reason
+
+    class Torch:
+        ops = type("Namespace", (), {"memopt": Ops})
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+    monkeypatch.setattr(native, "refusal", refusal)
+    monkeypatch.setattr(execute, "torch", Torch())
+    monkeypatch.setattr(op, "register", lambda: None)
+    return launches
+
+
+def largest_error(dtype, steps=3, **settings):
+    """Return the largest |kernel - PyTorch| / max|w| and the share of weights that differ."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape).to(dtype) for shape in SHAPES]
+    sides = []
+    for impl in ("native", "reference"):
+        params = [torch.nn.Parameter(value.clone()) for value in start]
+        sides.append((params, Frugal(params, lr=1e-2, weight_decay=0.1, impl=impl, update_gap=2,
+                                     **settings)))  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    worst, different, total = 0.0, 0, 0
+    for _ in range(steps):
+        for a, b in zip(sides[0][0], sides[1][0], strict=True):
+            a.grad = torch.randn(a.shape, generator=generator).to(dtype)
+            a.grad.view(-1)[:1] = 0.0
+            b.grad = a.grad.clone()
+            b.data.copy_(a.data)
+        for _, optimizer in sides:
+            optimizer.step()
+        for a, b in zip(sides[0][0], sides[1][0], strict=True):
+            error = (a.detach().double() - b.detach().double()).abs()
+            worst = max(worst, float(error.max() / b.detach().abs().max()))
+            different += int((error > 0).sum())
+            total += a.numel()
+    ours, theirs = [optimizer._groups[0].buckets[0].arena.arrays for _, optimizer in sides]
+    if "quantize" not in settings:
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=2**-7, atol=1e-6)
+    return worst, different / total
+
+
+@pytest.mark.parametrize("density", [0.3, 0.9, 0.04])
+@pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates"])
+def test_float32(emulated, selection, density):
+    worst, _ = largest_error(torch.float32, selection=selection, density=density)
+    assert worst <= 1e-6
+    assert len(emulated) == 3  # one launch a step
+
+
+@pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates"])
+@pytest.mark.parametrize(("full", "free"), [("lion", "sgd"), ("sgdm", "none")])
+def test_other_rules_uphill(emulated, selection, full, free):
+    worst, _ = largest_error(
+        torch.float32, selection=selection, state_full=full, state_free=free, maximize=True
+    )
+    assert worst <= 1e-6
+
+
+@pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates"])
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+def test_bfloat16(emulated, selection, rounding):
+    worst, different = largest_error(torch.bfloat16, selection=selection, rounding=rounding)
+    assert worst <= 2**-7
+    assert different < 0.002  # float32 arithmetic in another order may cross a rounding boundary
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_8bit(emulated, rounding):
+    worst, _ = largest_error(torch.float32, quantize="8bit", rounding=rounding, density=0.4)
+    assert worst <= 5e-3
+
+
+def test_a_broken_gradient_is_not_hidden(emulated):
+    for selection in ("blocks", "columns", "rows", "coordinates"):
+        weight = torch.nn.Parameter(torch.ones(8, 64))
+        optimizer = Frugal([weight], selection=selection, density=0.5, impl="native")
+        weight.grad = torch.full((8, 64), float("nan"))
+        optimizer.step()
+        assert weight.isnan().all(), selection
