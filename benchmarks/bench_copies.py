@@ -1,6 +1,6 @@
 """Copies of small pieces between host and device, and the way device -> SSD -> device, each beside what it replaces.
 
-    python benchmarks/bench_copies.py [--directory DIRECTORY] [--total-mib 512] [--repeats 9] [--out FILE]
+    python benchmarks/bench_copies.py [--directory DIRECTORY] [--repeats 9] [--limit 50] [--out FILE]
 
 Part one: the same bytes as one large copy, as a loop of PyTorch's ``copy_``, as a loop in C, and in batches of 16 MiB
 and of everything (``cudaMemcpyBatchAsync``); to the device, to the host, and both at once. Wall time between two
@@ -10,7 +10,8 @@ same repeat (median of ratios).
 Part two (with ``--directory``): tensors go to extents in that directory and come back, with the copy's other end on the
 device. "chain" is memopt's native pipeline, "python" the same pipeline driven by a Python thread and blocking reads
 (memopt's fallback), "blocking" one tensor after the other. Each also beside a Python thread that is always busy, as a
-training loop is: that is what the native way is for.
+training loop is: that is what the native way is for. Rounds begin until the limit (seconds since the start of the
+program) has passed, the first of each way is not counted where there are more, and results are written after each.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from memopt.memory.pinned import HostPool
 from memopt.ops import cuda_status
 from memopt.ops.copies import Copies, copies_status
 
+BEGAN = time.perf_counter()
 MIB = 1 << 20
 PIECES = [256 << 10, 1 << 20, 4 << 20]
 BATCH_BYTES = 16 << 20
@@ -66,39 +68,32 @@ class Link:
         pair = self.device[way], self.host[way]
         return pair if way == "h2d" else pair[::-1]
 
-    def torch_loop(self, way: str, piece: int) -> None:
+    def torch_loop(self, way: str, begin: int, end: int, piece: int) -> None:
         """One call of PyTorch's for each piece."""
-        destination, source = self.ends(way)
+        destination, source = (tensor[begin:end] for tensor in self.ends(way))
         with torch.cuda.stream(self.streams[way]):
             for to, by in zip(destination.split(piece), source.split(piece), strict=True):
                 to.copy_(by, non_blocking=True)
 
-    def batches(self, way: str, piece: int, batch_bytes: int, *, batched: bool) -> None:
-        """One call of ours for each batch."""
+    def native(self, way: str, begin: int, end: int, piece: int, *, batched: bool) -> None:
+        """One call of ours."""
         destination, source = (tensor.data_ptr() for tensor in self.ends(way))
-        for begin in range(0, self.total_bytes, batch_bytes):
-            copies = Copies()
-            for at in range(begin, min(begin + batch_bytes, self.total_bytes), piece):
-                copies.add(destination + at, source + at, piece)
-            copies.queue(self.streams[way].cuda_stream, batched=batched)
+        copies = Copies()
+        for at in range(begin, end, piece):
+            copies.add(destination + at, source + at, piece)
+        copies.queue(self.streams[way].cuda_stream, batched=batched)
 
-    def run_all(self, how: str, ways: list[str], piece: int) -> None:
-        """Queue the copies of each direction."""
-        for way in ways:
-            self.run(how, way, piece)
-
-    def run(self, how: str, way: str, piece: int) -> None:
-        """Queue all copies of one direction."""
-        if how == "one":
-            self.torch_loop(way, self.total_bytes)
-        elif how == "torch loop":
-            self.torch_loop(way, piece)
-        elif how == "C loop":
-            self.batches(way, piece, BATCH_BYTES, batched=False)
-        elif how == "batches of 16 MiB":
-            self.batches(way, piece, BATCH_BYTES, batched=True)
-        else:
-            self.batches(way, piece, self.total_bytes, batched=True)
+    def run(self, how: str, ways: list[str], piece: int) -> None:
+        """Queue all copies, 16 MiB of each direction in turn where they are not one."""
+        at_once = self.total_bytes if how in ("one", "one batch") else BATCH_BYTES
+        for begin in range(0, self.total_bytes, at_once):
+            for way in ways:
+                if how == "one":
+                    self.torch_loop(way, begin, begin + at_once, at_once)
+                elif how == "torch loop":
+                    self.torch_loop(way, begin, begin + at_once, piece)
+                else:
+                    self.native(way, begin, begin + at_once, piece, batched=how != "C loop")
 
 
 HOWS = ["one", "torch loop", "C loop", "batches of 16 MiB", "one batch"]
@@ -121,7 +116,7 @@ def measure_link(total_bytes: int, repeats: int) -> list[dict[str, Any]]:
             seconds: dict[str, list[float]] = {how: [] for how in HOWS}
             for repeat in range(repeats + 1):
                 for how in HOWS[repeat % len(HOWS) :] + HOWS[: repeat % len(HOWS)]:
-                    spent = timed(partial(link.run_all, how, ways, piece))
+                    spent = timed(partial(link.run, how, ways, piece))
                     if repeat:  # the first round warms up
                         seconds[how].append(spent)
             moved = total_bytes * len(ways)
@@ -209,51 +204,69 @@ def blocking(
     return seconds
 
 
-def measure_chain(
-    directory: Path, piece: int, total_bytes: int, rounds: int
-) -> list[dict[str, Any]]:
-    tensors = [
-        torch.full((piece,), i % 251, dtype=torch.uint8, device="cuda")
-        for i in range(total_bytes // piece)
-    ]
-    device = torch.device("cuda", torch.cuda.current_device())
-    spent: dict[tuple[str, bool], list[tuple[float, float]]] = {}
-    with open_engine("auto", directory=directory) as engine:
-        area = SpillArea(
-            ExtentStore([(directory, 2 * total_bytes)], engine), HostPool(256 * MIB, True)
+class Rounds:
+    """Passes of the chain and of what it replaces over the same tensors.
+
+    Args:
+        directory: where the spill file goes.
+        piece: bytes of a tensor.
+        total_bytes: of all tensors.
+    """
+
+    def __init__(self, directory: Path, piece: int, total_bytes: int) -> None:
+        self.piece, self.total_bytes = piece, total_bytes
+        self.tensors = [
+            torch.full((piece,), i % 251, dtype=torch.uint8, device="cuda")
+            for i in range(total_bytes // piece)
+        ]
+        self.engine = open_engine("auto", directory=directory)
+        self.area = SpillArea(
+            ExtentStore([(directory, 2 * total_bytes)], self.engine), HostPool(256 * MIB, True)
         )
-        transfers = CudaTransfers(device, HostPool(64 * MIB, True), area, 1 << 30)
-        chain, reason = transfers.chain, transfers.chain_reason
-        ways = (["chain"] if chain is not None else []) + ["python", "blocking"]
-        for _ in range(rounds + 1):
-            for busy in (False, True):
-                for way in ways:
-                    transfers.chain = chain if way == "chain" else None
-                    with busy_python(busy=busy):
-                        pair = (
-                            blocking(area.store, area.staging, tensors)
-                            if way == "blocking"
-                            else pipeline(transfers, tensors)
-                        )
-                    spent.setdefault((way, busy), []).append(pair)
-        transfers.chain = chain
-        transfers.close()
-        name = engine.name
-    rows = []
-    for (way, busy), pairs in spent.items():
-        out, back = (statistics.median(pair[i] for pair in pairs[1:]) for i in (0, 1))
-        rows.append(
-            {
-                "piece_bytes": piece,
-                "way": way,
-                "busy_python": busy,
-                "engine": name,
-                "chain_reason": reason,
-                "write_gb_per_s": total_bytes / out / 1e9,
-                "read_gb_per_s": total_bytes / back / 1e9,
-            }
-        )
-    return rows
+        device = torch.device("cuda", torch.cuda.current_device())
+        self.transfers = CudaTransfers(device, HostPool(64 * MIB, True), self.area, 1 << 30)
+        self.chain = self.transfers.chain
+        names = (["chain"] if self.chain is not None else []) + ["python", "blocking"]
+        self.ways = [(name, busy) for busy in (False, True) for name in names]
+        self.spent: dict[tuple[str, bool], list[tuple[float, float]]] = {w: [] for w in self.ways}
+
+    def run(self, way: str, *, busy: bool) -> None:
+        """One pass, there and back."""
+        self.transfers.chain = self.chain if way == "chain" else None
+        with busy_python(busy=busy):
+            if way == "blocking":
+                pair = blocking(self.area.store, self.area.staging, self.tensors)
+            else:
+                pair = pipeline(self.transfers, self.tensors)
+        self.transfers.chain = self.chain
+        self.spent[way, busy].append(pair)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Medians so far."""
+        rows = []
+        for (way, busy), pairs in self.spent.items():
+            counted = pairs[1:] or pairs
+            if not counted:
+                continue
+            out, back = (statistics.median(pair[i] for pair in counted) for i in (0, 1))
+            rows.append(
+                {
+                    "piece_bytes": self.piece,
+                    "way": way,
+                    "busy_python": busy,
+                    "num_rounds": len(counted),
+                    "engine": self.engine.name,
+                    "chain_reason": self.transfers.chain_reason,
+                    "write_gb_per_s": self.total_bytes / out / 1e9,
+                    "read_gb_per_s": self.total_bytes / back / 1e9,
+                }
+            )
+        return rows
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.transfers.close()
+        self.engine.close()
 
 
 def show_link(rows: list[dict[str, Any]], console: Console) -> None:
@@ -294,9 +307,10 @@ def main() -> None:
     )
     parser.add_argument("--directory", type=Path, help="where the spill file goes; none: part one")
     parser.add_argument("--total-mib", type=int, default=512)
-    parser.add_argument("--chain-mib", type=int, default=512)
+    parser.add_argument("--chain-mib", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=50.0, help="seconds; no pass begins later")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -304,18 +318,38 @@ def main() -> None:
     if not copies_status()[0]:
         sys.exit(f"this benchmark needs the native library: {copies_status()[1]}")
     console = Console(width=None if sys.stdout.isatty() else 140)
-    link = measure_link(args.total_mib * MIB, args.repeats)
-    show_link(link, console)
-    chain: list[dict[str, Any]] = []
+    record = provenance(["memopt", "torch", "cffi"])
+    record |= {"benchmark": "copies", "library": cuda_status().build, "repeats": args.repeats}
+    record |= {"batched": copies_status()[1] or "cudaMemcpyBatchAsync", "chain": []}
+    record["link"] = measure_link(args.total_mib * MIB, args.repeats)
+    show_link(record["link"], console)
+    save(args.out, record)
     if args.directory is not None:
-        for piece in (64 * MIB, MIB):
-            chain += measure_chain(args.directory, piece, args.chain_mib * MIB, args.rounds)
-        show_chain(chain, console)
-    if args.out:
-        record = provenance(["memopt", "torch", "cffi"])
-        record |= {"benchmark": "copies", "library": cuda_status().build}
-        record |= {"batched": copies_status()[1] or "cudaMemcpyBatchAsync", "repeats": args.repeats}
-        write_json(args.out, record | {"link": link, "chain": chain})
+        record["chain_bytes"] = args.chain_mib * MIB
+        measure_chain(args, record)
+        show_chain(record["chain"], console)
+
+
+def measure_chain(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Fill ``record["chain"]``: rounds over all ways, tensors large and small in turn, until the limit."""
+    sizes = [Rounds(args.directory, piece, args.chain_mib * MIB) for piece in (64 * MIB, MIB)]
+    try:
+        for _ in range(args.rounds + 1):
+            for rounds in sizes:
+                for way, busy in rounds.ways:
+                    if time.perf_counter() - BEGAN > args.limit:
+                        return
+                    rounds.run(way, busy=busy)
+                    record["chain"] = [row for size in sizes for row in size.rows()]
+                    save(args.out, record)
+    finally:
+        for rounds in sizes:
+            rounds.close()
+
+
+def save(path: Path | None, record: dict[str, Any]) -> None:
+    if path is not None:
+        write_json(path, record)
 
 
 if __name__ == "__main__":

@@ -97,17 +97,21 @@ def test_this_machine_has_the_native_way():
 )
 @pytest.mark.parametrize("ahead", [True, False])
 def test_round_trip(transfers, shape, ahead):
-    """The last size is larger than all staging."""
+    """From staging while the write is under way, then from the disk; the last size is larger than all staging."""
     source = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
     expected = source.clone()
     stored = put(transfers, source)
     stored.protect()
     source.fill_(0)
-    for _ in range(2):
+    for source_of_bytes in ("staging", "disk"):
+        if source_of_bytes == "disk":
+            transfers.finish()
+            before = transfers.moved.ssd_read_bytes
         if ahead:
             stored.prefetch()
         torch.full_like(expected, 0xEE)
         assert torch.equal(stored.take(keep=True), expected)
+    assert transfers.moved.ssd_read_bytes - before == stored.nbytes
     assert transfers.spill.staging.stats().peak_mapped_bytes <= 32 * MIB
 
 
@@ -135,6 +139,8 @@ def test_many_odd_tensors_with_compute_beside(transfers, seed, busy):
             live.append((put(transfers, source), step % 251, size))
             del source
             torch.full((size,), 0xEE, dtype=torch.uint8, device="cuda")
+            if step % 10 == 9:
+                transfers.finish()  # the rest of the writes: what follows is read from the disk
             if len(live) > 12:
                 for stored, _, _ in generator.sample(live, 6):
                     stored.prefetch()
