@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+RUN_ELSEWHERE = {"06_frugal_finetune": ROOT / "tests/optim/test_finetune.py"}  # long: once will do
 
 
 def test_there_are_examples_and_they_are_numbered_without_gaps():
@@ -21,7 +22,14 @@ def test_there_are_examples_and_they_are_numbered_without_gaps():
     assert len(numbers) >= 5
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_that_run_elsewhere_do():
+    for name, test in RUN_ELSEWHERE.items():
+        assert f"{name}.py" in test.read_text()
+
+
+@pytest.mark.parametrize(
+    "path", [e for e in EXAMPLES if e.stem not in RUN_ELSEWHERE], ids=lambda path: path.stem
+)
 def test_example(path, tmp_path):
     source = path.read_text()
     for name in re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE):

@@ -87,18 +87,9 @@ def test_blocks_compiled_in_place(name, placement):
     assert "layers.0, layers.1, layers.2 run compiled" in notes_of(record.run)
 
 
-@pytest.mark.parametrize(
-    ("name", "placement"),
-    [
-        ("sines", "recompute"),
-        *(
-            pytest.param(name, placement, marks=pytest.mark.slow)
-            for name in INDUCTOR
-            for placement in ("recompute", "kept", "ssd")
-            if (name, placement) != ("sines", "recompute")
-        ),
-    ],
-)
+@pytest.mark.slow  # minutes of C++ compilation on a busy machine; what is opaque is tested by `Hiding` as well
+@pytest.mark.parametrize("placement", ["recompute", "kept", "ssd"])
+@pytest.mark.parametrize("name", INDUCTOR)
 def test_blocks_compiled_by_inductor(name, placement):
     """No op of Inductor's kernels is seen: the region's input and its recomputation are all there is."""
     record = assert_bitwise(INDUCTOR[name], placement)
