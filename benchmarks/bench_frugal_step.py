@@ -317,6 +317,10 @@ def verdicts(results: dict[str, Any]) -> dict[str, Any]:
                 least = case["moved_bytes"] / bandwidth / 0.8 * 1e3
                 name = f"{label} {kind}: ms, against bytes / copy bandwidth / 0.8"
                 found[name] = [case["ms"], least, case["ms"] <= least]
+                switched = times.get(f"frugal {kind}, every step a switch", {})
+                if "ms" in switched:
+                    ratio = switched["ms"] / case["ms"]
+                    found[f"{label} {kind}: switch step / step"] = [ratio, 2.0, ratio <= 2.0]
     if cold := results.get("cold_first_step_ms"):
         more = cold["frugal all"] - cold["torch AdamW fused"]
         found["bf16 all: first step of a process, ms over AdamW's"] = [more, 1000.0, more <= 1000.0]
