@@ -36,6 +36,8 @@ from memopt.types.trace import StepTrace
 _MIN_STAGING_BYTES = 32 << 20
 _MAX_STAGING_BYTES = 256 << 20
 _STAGING_SHARE = 16
+_USABLE_SHARE = 0.95
+"""Of the host memory left: what tensors may take before the step is ended, where the device is the CPU."""
 _MOST_STATES = 8
 """No optimizer in use keeps more than this many times the parameters' bytes."""
 
@@ -206,6 +208,9 @@ def open_resources(
     if on_cpu:
         accounted = AccountedMemory()
         _track_states(accounted, model, optimizer)
+        accounted.limit_bytes = accounted.current_bytes + int(
+            _USABLE_SHARE * host_facts().free_bytes
+        )
         meter = CpuMeter(accounted)
     else:
         meter = CudaMeter(device)

@@ -26,7 +26,8 @@ class AccountedMemory(TorchDispatchMode):
     """Count the bytes of tensor storages while active, in the thread that entered it.
 
     Args:
-        limit_bytes: raise BudgetError when an op brings `current_bytes` above it.
+        limit_bytes: what the machine has room for: raise BudgetError when an op brings
+            `current_bytes` above it, before the system kills the process.
         on_sample: called with `current_bytes` after each op that allocated.
     """
 
@@ -103,8 +104,9 @@ class AccountedMemory(TorchDispatchMode):
         if self.limit_bytes is not None and self.current_bytes > self.limit_bytes:
             current, self.limit_bytes, limit = self.current_bytes, None, self.limit_bytes
             raise BudgetError(
-                f"{func} brings the live tensors to {current:,} bytes, above the device budget of "
-                f"{limit:,} bytes; raise the budget"
+                f"{func} brings the live tensors to {current:,} bytes, above the {limit:,} bytes that "
+                "this machine (or its cgroup) has room for: the system would kill the process next. "
+                "Name an SSD directory in the budget, or use a smaller batch or sequence"
             )
 
     def __exit__(
