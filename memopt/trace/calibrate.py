@@ -25,9 +25,9 @@ def recalibrated(
 ) -> StepTrace:
     """Return `trace` with the times that a step under `plan` showed.
 
-    Regions of one group share the median of those that were timed. Regions of a group without any
-    (all of it ran untouched) keep their proportions and are scaled as the others were. Where none
-    was timed, regions keep their times as far as the step was long enough for them.
+    Regions of one group share the median of those that were timed. Those of a group without any
+    (all of it ran untouched) share the median of their traced times, scaled as the others were.
+    Where none was timed, these stay as they are as far as the step was long enough for them.
 
     Args:
         trace: the step as traced.
@@ -38,18 +38,22 @@ def recalibrated(
     """
     if compute_s <= 0.0 or num_micro_batches < 1:
         return trace
-    trace = replace(trace, num_micro_batches=num_micro_batches)
     plans = {r.name: r for r in plan.regions}
     groups: dict[str, list[RegionTrace]] = {}
     for region in trace.regions:
         groups.setdefault(region.group, []).append(region)
+    alike = {group: _traced_times(regions) for group, regions in groups.items()}
+    regions = tuple(_retimed(r, alike[r.group]) for r in trace.regions)
+    trace = replace(trace, num_micro_batches=num_micro_batches, regions=regions)
     timed = {
         group: _group_times([r for r in regions if r.name in times], plans, times)
         for group, regions in groups.items()
         if any(r.name in times for r in regions)
     }
     scale = _scale(trace, timed) if timed else _fitting(trace, plans, compute_s)
-    regions = tuple(_retimed(r, timed.get(r.group), scale) for r in trace.regions)
+    regions = tuple(
+        _retimed(r, timed.get(r.group) or _scaled(alike[r.group], scale)) for r in trace.regions
+    )
     return _with_outside(replace(trace, regions=regions), plans, compute_s)
 
 
@@ -129,19 +133,29 @@ def _scale(trace: StepTrace, timed: Mapping[str, RegionTimes]) -> float:
     return sum(timed[r.group].total_s for r in traced) / before if before > 0.0 else 1.0
 
 
-def _retimed(region: RegionTrace, times: RegionTimes | None, scale: float) -> RegionTrace:
-    if times is not None:
-        return replace(
-            region,
-            forward_s=times.forward_s,
-            recompute_s=times.rerun_s,
-            backward_s=times.backward_s,
-        )
+def _traced_times(regions: Sequence[RegionTrace]) -> RegionTimes:
+    """Return the medians of a group's traced times, which is what the cost model works with."""
+    return RegionTimes(
+        forward_s=median(r.forward_s for r in regions),
+        rerun_s=median(r.recompute_s for r in regions),
+        backward_s=median(r.backward_s for r in regions),
+    )
+
+
+def _scaled(times: RegionTimes, scale: float) -> RegionTimes:
+    return RegionTimes(
+        forward_s=times.forward_s * scale,
+        rerun_s=times.rerun_s * scale,
+        backward_s=times.backward_s * scale,
+    )
+
+
+def _retimed(region: RegionTrace, times: RegionTimes) -> RegionTrace:
     return replace(
         region,
-        forward_s=region.forward_s * scale,
-        recompute_s=region.recompute_s * scale,
-        backward_s=region.backward_s * scale,
+        forward_s=times.forward_s,
+        recompute_s=times.rerun_s,
+        backward_s=times.backward_s,
     )
 
 

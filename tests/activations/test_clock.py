@@ -169,9 +169,7 @@ class Stack(nn.Module):
 
 
 def untouched(*numbers: int) -> Plan:
-    return Plan(
-        regions=tuple(RegionPlan(name=f"blocks.{i}", plain=i in numbers) for i in range(6))
-    )
+    return Plan(regions=tuple(RegionPlan(name=f"blocks.{i}", plain=i in numbers) for i in range(6)))
 
 
 @pytest.fixture

@@ -130,7 +130,9 @@ def test_one_outlier_does_not_decide():
     plan = Plan(regions=tuple(kept(f"r{i}", set()) for i in range(5)))
     corrected = recalibrated(step_trace(regions, compiling_s=0.0), plan, 9.0, times, 1)
     assert {(r.forward_s, r.backward_s) for r in corrected.regions} == {(FORWARD_S, BACKWARD_S)}
-    assert predict(corrected, plan, HARDWARE).step_s == pytest.approx(9.0), "it took time all the same"
+    assert predict(corrected, plan, HARDWARE).step_s == pytest.approx(9.0), (
+        "it took time all the same"
+    )
 
 
 @pytest.mark.parametrize("compute_s", [0.0, -1.0])
@@ -141,7 +143,7 @@ def test_without_a_time_the_trace_stays(compute_s):
 
 @pytest.mark.parametrize("step_s", [0.05, 1.0])
 def test_where_all_ran_untouched_the_step_is_still_the_one_measured(step_s):
-    regions = [region("r0"), region("r1")]
+    regions = [region("r0"), region("r1"), region("r2", slow=1.4)]
     plan = Plan(regions=tuple(RegionPlan(name=r.name, plain=True) for r in regions))
     corrected = recalibrated(step_trace(regions, compiling_s=3.0), plan, step_s, {}, 1)
     assert predict(corrected, plan, HARDWARE).step_s == pytest.approx(step_s)
