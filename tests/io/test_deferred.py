@@ -145,6 +145,29 @@ def test_a_dropped_ticket_still_moves_its_bytes_and_keeps_its_buffer(engine, fil
     assert all(on_disk(file, i * 64 * KIB, 64 * KIB) == e for i, e in enumerate(expected))
 
 
+def test_python_holds_its_lock_all_the_time(engine, file):
+    """Release, write and the word, while no other Python code can run: calls through PyDLL keep the lock."""
+    libc = ctypes.PyDLL(None)
+    thread, word, data = ctypes.c_ulong(), Word(), pages(MIB)
+    ticket = engine.prepare(write_of(file, data), when_over=word.buffer)
+    function, argument = (ctypes.c_void_p(part) for part in ticket.release_call())
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    try:
+        assert libc.pthread_create(ctypes.byref(thread), None, function, argument) == 0
+        for _ in range(100):
+            libc.usleep(20_000)
+            if word.memory[2]:
+                break
+        written = os.fstat(file.buffered_fd).st_size
+    finally:
+        sys.setswitchinterval(interval)
+    assert written == MIB
+    ctypes.CDLL(None).pthread_join(thread, None)
+    ticket.wait()
+    assert on_disk(file, 0, MIB) == data
+
+
 # -------------------------------------------------------------------------------------------------- words
 
 
