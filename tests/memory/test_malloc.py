@@ -136,7 +136,7 @@ with AccountedMemory() as accounted:
     before = resident_bytes() - accounted.current_bytes
     most = peak = 0
     kept = []
-    for size in range(2, 12):  # holes with something small between them are too small for the next size
+    for size in range(2, 20):  # holes with something small between them are too small for the next size
         held = []
         for _ in range(140 // size):
             held.append(torch.ones(size * MIB // 4))
@@ -148,18 +148,17 @@ with AccountedMemory() as accounted:
 
 
 def holes(how: str) -> tuple[int, int, int]:
-    done = subprocess.run(
-        [sys.executable, "-c", HOLES, how], capture_output=True, text=True, timeout=200
-    )
+    done = subprocess.run([sys.executable, "-c", HOLES, how], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    most, peak, trims = map(int, done.stdout.split())
-    return most, peak, trims
+    most, peak, num_trims = map(int, done.stdout.split())
+    return most, peak, num_trims
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
 def test_holes_of_a_real_process_are_given_back():
-    most, peak, trims = holes("trimmed")
-    assert most <= peak + SLACK_BYTES // MIB + 24  # between two looks, and the interpreter's own
-    assert trims >= 1
+    room = SLACK_BYTES // MIB + 24  # 24: between two looks, and the interpreter's own
     left, peak, _ = holes("untrimmed")
-    assert left > 2 * peak, "the program does leave holes"
+    assert left > peak + room, "the program does leave holes"
+    most, peak, num_trims = holes("trimmed")
+    assert most <= peak + room
+    assert num_trims >= 1
