@@ -13,7 +13,9 @@ from typing import Any, Protocol
 
 __all__ = ["Cudart", "LoadedCudart", "load_cudart"]
 
-_REGISTER_PORTABLE_MAPPED = 3  # every device may copy from it, and see it
+_REGISTER_PORTABLE = (
+    1  # with unified addressing, which every 64-bit Linux has, that maps it for the device too
+)
 
 
 class Cudart(Protocol):
@@ -42,7 +44,7 @@ class LoadedCudart:
     def host_register(self, address: int, nbytes: int) -> str:
         """See :class:`Cudart`."""
         return self.checked(
-            lambda: self.library.cudaHostRegister(address, nbytes, _REGISTER_PORTABLE_MAPPED)
+            lambda: self.library.cudaHostRegister(address, nbytes, _REGISTER_PORTABLE)
         )
 
     def host_unregister(self, address: int) -> str:

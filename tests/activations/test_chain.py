@@ -367,7 +367,8 @@ def test_close_in_mid_flight(device):
         del pairs[0]
         rig.close()
         assert time.monotonic() - begin < 20
-        device.spoils = False  # what was settled is copied by PyTorch, which knows nothing of this device
+        # What was settled is copied by PyTorch, which knows nothing of this device.
+        device.spoils = False
         for stored, value in pairs[1:4]:
             result = stored.take(keep=True)
             device.synchronize()
