@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import time
 
 import pytest
 import torch
@@ -94,6 +95,7 @@ def seen_by_a_kernel(device, tensor):
 def test_a_round_of_small_tensors(device, library, transfers, monkeypatch):
     stored = [store(transfers, values(i)) for i in range(40)]
     late_memory(device, monkeypatch)
+    device.compute.run(lambda: time.sleep(0.1))
     with transfers.together():
         for item in stored:
             item.prefetch()
