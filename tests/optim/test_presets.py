@@ -47,13 +47,17 @@ def test_galore():
     memory = {}
     for step in range(10):
         give_grads(model, step)
+        optimizer.step()
         for name, w in weights.items():
             g = model.get_parameter(name).grad
             right = g.shape[0] >= g.shape[1]
             if step % gap == 0:
-                # Signs of singular vectors are arbitrary, and kept moments see them: one convention.
+                # Signs of singular vectors are arbitrary, and kept moments see them: take ours.
                 _, _, vh = torch.linalg.svd(g if right else g.T, full_matrices=False)
-                basis = vh[:rank] if right else vh[:rank].T
+                ours = optimizer.state[model.get_parameter(name)]["basis"]
+                turned = vh[:rank] * (vh[:rank] * ours).sum(dim=1, keepdim=True).sign()
+                torch.testing.assert_close(turned, ours, rtol=1e-3, atol=1e-4)
+                basis = turned if right else turned.T
                 _, m, v = memory.get(name, (None, None, None))
                 shape = (g.shape[0], rank) if right else (rank, g.shape[1])
                 memory[name] = (
@@ -65,7 +69,6 @@ def test_galore():
             low = g @ basis.T if right else basis.T @ g
             n = adam(low, m, v, step + 1)
             w -= 0.01 * alpha * (n @ basis if right else basis @ n)
-        optimizer.step()
         for name, w in weights.items():
             torch.testing.assert_close(model.get_parameter(name).detach(), w, rtol=1e-4, atol=2e-6)
     assert {group["density"] for group in optimizer.param_groups if group["split"]} == {rank / 8}
