@@ -83,7 +83,7 @@ def largest_error(dtype, steps=3, **settings):
     return worst, different / total
 
 
-@pytest.mark.parametrize("density", [0.3, 0.9, 0.04])
+@pytest.mark.parametrize("density", [0.3, pytest.param(0.9, marks=pytest.mark.slow), 0.04])
 @pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates"])
 def test_float32(emulated, selection, density):
     worst, _ = largest_error(torch.float32, selection=selection, density=density)
@@ -92,7 +92,9 @@ def test_float32(emulated, selection, density):
 
 
 @pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates"])
-@pytest.mark.parametrize(("full", "free"), [("lion", "sgd"), ("sgdm", "none")])
+@pytest.mark.parametrize(
+    ("full", "free"), [("lion", "sgd"), pytest.param("sgdm", "none", marks=pytest.mark.slow)]
+)
 def test_other_rules_uphill(emulated, selection, full, free):
     worst, _ = largest_error(
         torch.float32, selection=selection, state_full=full, state_free=free, maximize=True
