@@ -105,6 +105,56 @@ def test_what_no_trim_can_give_back_is_learnt_once(watched):
     assert trimmer.base_bytes == 500 * MIB
 
 
+def test_a_buffer_that_stood_at_a_trim_does_not_raise_the_base_for_ever(watched):
+    process, trimmer = watched
+    process.base_bytes += 400 * MIB  # a file being written, an evaluation's arrays
+    held = tensor(32)
+    assert trimmer.base_bytes == 700 * MIB
+    process.base_bytes -= 400 * MIB
+    process.resident_bytes -= 400 * MIB
+    del held
+    for _ in range(2):
+        held = tensor(32)
+        del held
+    assert trimmer.base_bytes < 400 * MIB
+    process.leave_holes(SLACK_BYTES + 32 * MIB)
+    process.trims.clear()
+    held = tensor(32)
+    assert len(process.trims) == 1
+    del held
+
+
+def test_memory_that_is_not_written_to_yet_does_not_lower_the_base(watched):
+    process, trimmer = watched
+    for _ in range(5):
+        process.base_bytes -= 200 * MIB  # `tensor` is counted, the pages are not there
+        process.resident_bytes -= 200 * MIB
+        held = tensor(200)
+        process.base_bytes += 200 * MIB  # now they are
+        small = tensor(8)
+        del held, small
+    assert trimmer.base_bytes >= 300 * MIB
+    assert process.trims == []
+
+
+def test_slow_trims_take_a_twentieth_of_the_time():
+    now_s = 0.0
+
+    def trim() -> None:
+        nonlocal now_s
+        now_s += 2.0
+
+    with AccountedMemory() as accounted:
+        resident = iter(range(300 * MIB, 1 << 50, 100 * MIB))  # no trim helps
+        trimmer = HeapTrimmer(accounted, trim, lambda: next(resident), lambda: now_s)
+        trimmer.start()
+        begin_s, num_looks = now_s, 400
+        for _ in range(num_looks):
+            now_s += 1.0
+            tensor(16)
+    assert 5 <= trimmer.num_trims <= 0.05 * (now_s - begin_s) / 2.0 + 2
+
+
 def test_small_tensors_cost_no_look_at_the_process():
     looks = []
     with AccountedMemory() as accounted:
