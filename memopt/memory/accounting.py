@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from memopt.types.errors import BudgetError
 
@@ -115,5 +115,15 @@ class AccountedMemory(TorchDispatchMode):
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
-        """Stop counting; live storages keep updating `current_bytes` as they die."""
+        """Stop counting; live storages keep updating `current_bytes` as they die.
+
+        Modes leave from the top of a stack. Those above this one (another session, that began
+        later and goes on) step aside for it.
+        """
+        above = []
+        while (top := _get_current_dispatch_mode()) is not None and top is not self:
+            TorchDispatchMode.__exit__(top, None, None, None)
+            above.append(top)
         super().__exit__(exc_type, exc_val, exc_tb)
+        for mode in reversed(above):
+            TorchDispatchMode.__enter__(mode)
