@@ -207,4 +207,4 @@ def test_norms_of_whole_matrices_are_refused_for_shards(monkeypatch):
     weight = nn.Parameter(torch.zeros(8, 6))
     weight.grad = torch.ones(8, 6)
     with pytest.raises(ValueError, match="state_full='fira' needs norms of whole matrices"):
-        fira([("weight", weight)]).step()
+        fira([{"params": [("weight", weight)]}]).step()
