@@ -62,6 +62,8 @@ def make(model, selection):
 
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
+if sys.argv[4] == "hybrid":  # replicas of shards; here one replica
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicas", "shards"))
 def shard(model):
     for block in model[1]:
         fully_shard(block, mesh=mesh)
@@ -141,7 +143,8 @@ SLOW = pytest.mark.slow  # the same code as a case beside it
         pytest.param("coordinates", 16, marks=SLOW), pytest.param("random", 16, marks=SLOW),
     ],
 )  # fmt: skip
-def test_two_processes(selection, width, tmp_path):
+@pytest.mark.parametrize("mesh", ["shards", pytest.param("hybrid", marks=SLOW)])
+def test_two_processes(selection, width, mesh, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -152,7 +155,7 @@ def test_two_processes(selection, width, tmp_path):
             "OMP_NUM_THREADS": "1", "PYTHONPATH": root}  # fmt: skip
     workers = [
         subprocess.Popen(
-            [sys.executable, str(script), selection, str(tmp_path / "checkpoint"), str(width)],
+            [sys.executable, str(script), selection, str(tmp_path / "checkpoint"), str(width), mesh],
             env={**base, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
