@@ -23,6 +23,10 @@ from memopt.types.hardware import Hardware
 from memopt.types.plan import Placement, Plan, Prediction, RegionPlan
 from memopt.types.trace import StepTrace
 
+_NONE_RAN = (
+    "no region ran with gradients in the first step, so nothing is placed: name the modules that "
+    "the loop calls with regions=[...]"
+)
 _UNIFORM = ("recompute", "host", "ssd", "device")
 _SLOP_BYTES = 1 << 20
 _HOST_MARGIN_BYTES = 1 << 30
@@ -76,7 +80,8 @@ class Planner:
     def plan(self) -> Plan:
         """Return the plan for the trace as it is now known."""
         if self._hardware is None:
-            return self._asked if isinstance(self._asked, Plan) else Plan(solver="no regions")
+            asked = self._asked if isinstance(self._asked, Plan) else Plan(solver="no regions")
+            return replace(asked, notes=(*asked.notes, _NONE_RAN))
         if self._asked == "auto":
             budget = self._resources.budget
             return solve_greedy(

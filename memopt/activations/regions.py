@@ -3,8 +3,9 @@
 A region is a transformer block or what plays its part: a child of a list (`ModuleList` or
 `Sequential`) of blocks. Every outermost such list counts, so an encoder-decoder has two and a
 ResNet four; a list whose children are stages (lists of normalised blocks themselves) is entered,
-a list of experts inside a block is not. A flat `Sequential` of layers is cut into runs of children
-of about equal bytes. Users may name regions instead.
+a list of experts inside a block is not. A child that nothing can call (a list of a layer's parts)
+gives its own children. A flat `Sequential` of layers is cut into runs of children of about equal
+bytes. Users may name regions instead.
 """
 
 from __future__ import annotations
@@ -47,12 +48,30 @@ def _automatic(model: Module) -> list[tuple[str, Module]]:
     total = max(1, _weight(model))
     regions: list[tuple[str, Module]] = []
     for name, container in _outermost_lists(model, ""):
-        children = [(f"{name}.{n}" if name else n, c) for n, c in container.named_children()]
-        children = [(n, c) for n, c in children if _weight(c) > 0]
+        children = [(n, c) for n, c in _called_parts(container, name) if _weight(c) > 0]
         if sum(_weight(c) for _, c in children) < _MIN_SHARE * total:
             continue
         regions.extend(children)
     return regions or _largest_children(model, total)
+
+
+def _called_parts(container: Module, name: str) -> Iterator[tuple[str, Module]]:
+    """Yield a container's children; in place of one that is never called, its own.
+
+    Models keep the parts of a layer in a list or dictionary, too: `for norm, attention in layers`.
+    Without a forward nothing can call that. Its small parts (norms) are no regions.
+    """
+    for child_name, child in container.named_children():
+        path = f"{name}.{child_name}" if name else child_name
+        if _can_be_called(child):
+            yield path, child
+            continue
+        least = _MIN_SHARE * _weight(child)
+        yield from ((n, c) for n, c in _called_parts(child, path) if _weight(c) > least)
+
+
+def _can_be_called(module: Module) -> bool:
+    return type(module).forward is not Module.forward or "forward" in module.__dict__
 
 
 def _outermost_lists(module: Module, name: str) -> Iterator[tuple[str, Module]]:
@@ -94,13 +113,7 @@ def _largest_children(model: Module, total: int) -> list[tuple[str, Module]]:
     flat = [(n, m) for n, m in model.named_modules() if is_flat_sequential(m)]
     if flat and _weight(flat[0][1]) > 0.5 * total:
         return flat[:1]
-    children: list[tuple[str, Module]] = []
-    for name, child in model.named_children():
-        if isinstance(child, (ModuleList, ModuleDict)):  # never called itself: its children are
-            children.extend((f"{name}.{n}", c) for n, c in child.named_children())
-        else:
-            children.append((name, child))
-    children = [(n, c) for n, c in children if _weight(c) > _MIN_SHARE * total]
+    children = [(n, c) for n, c in _called_parts(model, "") if _weight(c) > _MIN_SHARE * total]
     return [(n, c) for n, c in children if not isinstance(c, (torch.nn.Linear, torch.nn.Embedding))]
 
 
@@ -133,8 +146,8 @@ def _given(model: Module, spec: Any) -> list[tuple[str, Module]]:
             hint = f"; did you mean {', '.join(close)}?" if close else ""
             raise ConfigError(f"regions: the model has no module {name!r}{hint}")
         module = named[name]
-        if isinstance(module, (ModuleList, ModuleDict)):
-            chosen.extend((f"{name}.{n}" if name else n, c) for n, c in module.named_children())
+        if isinstance(module, (ModuleList, ModuleDict)) or not _can_be_called(module):
+            chosen.extend(_called_parts(module, name))
         else:
             chosen.append((name, module))
     return chosen
