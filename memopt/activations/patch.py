@@ -62,8 +62,11 @@ class PatchedForward:
             self.module.__dict__[self.attribute] = self.previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the region, or the plain forward where nothing is to be saved."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """Run the region, or the plain forward where nothing is to be saved.
+
+        Inside torch.func's transforms, too: they do without saved tensors' hooks and storages.
+        """
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
             return self.plain(*args, **kwargs)
         return self._handler(self, args, kwargs)
 
@@ -79,6 +82,10 @@ class PatchedForward:
         if self.previous is not _MISSING:
             return copy.copy, (self.previous,)
         return getattr, (self.module, "forward")
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 CACHE_ARGUMENTS = {
