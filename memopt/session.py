@@ -131,6 +131,7 @@ class Session:
         engine.observer = self._observer
         engine.on_recompute = self._steps.backward_begins
         engine.on_call = self._region_called
+        engine.on_untouched = self._region_untouched
         if not self._regions:
             self.notes.append(
                 "no region found (no list of blocks): name some with regions=[...]; only tensors "
@@ -242,6 +243,11 @@ class Session:
         if not self._steps.begun or (self.optimizer is None and self._steps.saw_backward):
             self._begin((), {})
             self._engine_note("regions are called outside the model's own forward")
+
+    def _region_untouched(self, output: Any) -> None:
+        """A region ran as it is: outside of the root's forward, nothing else shows its backward."""
+        if not self._num_roots_open:
+            self._steps.watch(output)
 
     def _engine_note(self, note: str) -> None:
         assert self._engine is not None

@@ -73,6 +73,7 @@ class ActivationEngine:
         self.clock: RegionClock | None = None
         self.on_recompute: Callable[[], None] | None = None
         self.on_call: Callable[[], None] | None = None
+        self.on_untouched: Callable[[Any], None] | None = None
         self.fragile: dict[str, frozenset[int]] = {}
         self.written_inputs: dict[str, frozenset[int]] = {}
         self._changing: set[str] = set()
@@ -211,6 +212,8 @@ class ActivationEngine:
         out = patch.plain(*args, **kwargs)
         if self.clock is not None:
             self.clock.untouched(name, out)
+        if self.on_untouched is not None:
+            self.on_untouched(out)
         return out
 
     def _call_name(self, name: str) -> str:

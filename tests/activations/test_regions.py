@@ -138,3 +138,47 @@ def test_regions_that_never_ran_are_noted():
         for _ in range(3):
             model(torch.ones(64, WIDTH)).sum().backward()
     assert any("no region ran" in note for note in run.report().notes)
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(FeedForward() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("with_optimizer", [True, False])
+@pytest.mark.parametrize("plan", ["device", "recompute"])
+def test_steps_end_where_the_loop_calls_the_regions_itself(plan, with_optimizer):
+    model = Blocks()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if with_optimizer else None
+    with memopt.optimize(model, optimizer, plan=plan) as run:
+        for _ in range(7):
+            x = torch.ones(64, WIDTH)
+            for block in model.blocks:
+                x = x + block(x)
+            x.sum().backward()
+            if optimizer is not None:
+                optimizer.step()
+    assert run.report().num_steps == 7
+
+
+@pytest.mark.parametrize("plan", ["device", "recompute"])
+def test_a_model_under_a_transform_of_torch_func_runs_plainly(plan):
+    torch.manual_seed(0)
+    model, x = Blocks(), torch.ones(64, WIDTH)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, values, (x,)).square().sum()
+
+    expected = torch.func.grad(loss)(weights)
+    with memopt.optimize(model, plan=plan):
+        for _ in range(3):
+            model(x).sum().backward()
+            got = torch.func.grad(loss)(weights)
+            assert all(torch.equal(got[name], expected[name]) for name in expected)
