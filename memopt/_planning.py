@@ -75,7 +75,8 @@ class Planner:
         self._exact = exact
         self._micro_batches = [trace.num_micro_batches]
         """Of the steps that were looked at: the last of an epoch may have fewer than the others."""
-        self._hardware: Hardware | None = resources.hardware() if trace.regions else None
+        self._probed: Hardware | None = resources.hardware() if trace.regions else None
+        self._hardware = self._probed
 
     def plan(self) -> Plan:
         """Return the plan for the trace as it is now known."""
@@ -133,7 +134,11 @@ class Planner:
         num_micro_batches = clock.num_micro_batches or self.trace.num_micro_batches
         compute_s = max(0.0, step_s - exposed_s)
         self.trace = recalibrated(self.trace, plan, compute_s, clock.times(), num_micro_batches)
-        self._slow_down_link(self._predict(plan), exposed_s)
+        predicted = self._predict(plan)
+        if predicted.exposed_s - exposed_s > 0.01 * predicted.step_s:
+            self._hardware = self._probed  # the step before was no example: longer, disturbed
+            predicted = self._predict(plan)
+        self._slow_down_link(predicted, exposed_s)
         self._micro_batches.append(num_micro_batches)
         self.trace = with_micro_batches(self.trace, median_high(self._micro_batches))
 

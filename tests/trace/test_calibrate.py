@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memopt._planning import Planner
 from memopt.plan import predict
 from memopt.trace.calibrate import recalibrated, with_micro_batches
 from memopt.types.hardware import Hardware
@@ -163,3 +166,43 @@ def test_a_timed_step_with_more_or_fewer_micro_batches_than_the_traced(traced, t
     assert predict(as_traced, plan, HARDWARE).step_s == pytest.approx(
         true_step_s([{0}, {0}], traced)
     )
+
+
+class Waits:
+    """A clock that saw regions as they are, and waits."""
+
+    num_micro_batches = 1
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def waited_s(self) -> float:
+        return self.seconds
+
+    def times(self) -> dict[str, RegionTimes]:
+        return {f"r{i}": true_times({0, 1, 2}) for i in range(4)}
+
+
+def test_a_step_that_waited_by_accident_does_not_slow_the_link_for_ever():
+    link = replace(HARDWARE, d2h_bytes_per_s=1e9, h2d_bytes_per_s=1e9)
+    resources: Any = SimpleNamespace(hardware=lambda: link, staging_bytes=0)
+    moved = tuple(
+        OpPlacement(position=i, op=op, placement="host", nbytes=MIB)
+        for i, (op, _) in enumerate(OPS)
+    )
+    plan = Plan(
+        regions=tuple(RegionPlan(name=f"r{i}", ops=moved) for i in range(4)),
+        window_bytes=16 * MIB,
+        prefetch_bytes=16 * MIB,
+    )
+    trace = step_trace([region(f"r{i}") for i in range(4)], compiling_s=0.0)
+    planner = Planner(trace, plan, resources, exact=True)
+    hidden = planner.with_prediction(plan).predicted.exposed_s
+    compute_s = true_step_s([{0, 1, 2}] * 4)
+    for waited_s in (2.0, hidden):
+        clock: Any = Waits(waited_s)
+        planner.calibrate(plan, compute_s + waited_s, clock)
+        predicted = planner.with_prediction(plan).predicted
+        if waited_s == 2.0:
+            assert predicted.exposed_s > 0.5, "it is believed at first"
+    assert predicted.step_s == pytest.approx(compute_s + hidden, rel=0.02)
