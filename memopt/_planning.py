@@ -81,8 +81,8 @@ class Planner:
     def plan(self) -> Plan:
         """Return the plan for the trace as it is now known."""
         if self._hardware is None:
-            asked = self._asked if isinstance(self._asked, Plan) else Plan(solver="no regions")
-            return replace(asked, notes=(*asked.notes, _NONE_RAN))
+            empty = self._asked if isinstance(self._asked, Plan) else Plan(solver="no regions")
+            return replace(empty, notes=(*empty.notes, _NONE_RAN))
         if self._asked == "auto":
             budget = self._resources.budget
             return solve_greedy(
