@@ -30,6 +30,7 @@ class Replanning:
         self.planner: Planner | None = None
         self.next_plan: Plan | None = None
         self._timed_step: int | None = None
+        self._first_step_of_plan = 0
         self._num_timed = 0
         self._num_retries = 0
         self._corrected = False
@@ -62,7 +63,10 @@ class Replanning:
             resources.prepare(self.next_plan, planner.trace)
             engine.time_regions(None)
             self.next_plan = self._timed_step = None
-        undisturbed = steps.num_steps >= _TIMES_FROM and not resources.is_locking
+            self._first_step_of_plan = steps.num_steps
+        # the first step of a plan rehearses what may be skipped
+        settled = steps.num_steps > self._first_step_of_plan and not resources.is_locking
+        undisturbed = settled and steps.num_steps >= _TIMES_FROM
         if undisturbed and self._num_timed < _TIMED_STEPS and not steps.begun:
             self._timed_step = steps.num_steps
             engine.time_regions(RegionClock(resources.meter))

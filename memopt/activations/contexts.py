@@ -9,12 +9,16 @@ CUDA runs backward in autograd's own thread.
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.utils.checkpoint import _StopRecomputationError
 
 from memopt.activations.frame import Frame, InputSlot, RngState, swap_in, swap_out
 from memopt.activations.modes import RecomputeMode
+
+if TYPE_CHECKING:
+    from memopt.activations.skips import Rehearsal
 
 
 class Host(Protocol):
@@ -64,13 +68,14 @@ class ForwardContext:
 class _Entry:
     """What one recomputation must put back when it ends."""
 
-    __slots__ = ("buffers", "generators", "mode", "outer")
+    __slots__ = ("buffers", "generators", "mode", "outer", "rehearsal")
 
     def __init__(self, mode: RecomputeMode, outer: RngState) -> None:
         self.mode = mode
         self.outer = outer
         self.buffers: list[tuple[torch.nn.Module, str, Any]] = []
         self.generators: list[tuple[torch.Generator, torch.Tensor]] = []
+        self.rehearsal: Rehearsal | None = None
 
 
 class RecomputeContext:
@@ -93,15 +98,28 @@ class RecomputeContext:
                 for slot in frame.inputs
             ]
         )
-        mode = RecomputeMode(frame, keep=_keeps_graph() or not frame.completed)
-        entry = _Entry(mode, RngState.capture(self._host.device))
+        outer = RngState.capture(self._host.device)
         frame.rng.restore()
+        skip = frame.skips is not None and frame.skips.is_proven(frame)
+        mode = RecomputeMode(frame, keep=_keeps_graph() or not frame.completed, skip=skip)
+        entry = _Entry(mode, outer)
         for generator, state in frame.generators.items():
             entry.generators.append((generator, generator.get_state()))
             generator.set_state(state)
         entry.buffers = frame.swap_buffers()
         swap_in(frame.pre_images)
         self._entries.append(entry)
+        if frame.skips is not None and not skip:
+            entry.rehearsal = frame.skips.rehearsal(frame)
+        if entry.rehearsal is not None:
+            try:
+                entry.rehearsal.run()
+            except BaseException:  # an interrupt: nobody will call __exit__
+                self._restore(self._entries.pop())
+                raise
+            frame.swap_buffers()
+            frame.rng.restore()
+            entry.rehearsal.watch()
         mode.__enter__()
 
     def __exit__(
@@ -113,6 +131,11 @@ class RecomputeContext:
         """Leave the program's world as it was."""
         entry = self._entries.pop()
         entry.mode.__exit__(exc_type, exc, traceback)
+        if entry.rehearsal is not None:
+            entry.rehearsal.end(whole=exc_type in (None, _StopRecomputationError))
+        self._restore(entry)
+
+    def _restore(self, entry: _Entry) -> None:
         self._frame.landed.pop()
         swap_out(self._frame.pre_images)
         for module, name, buffer in entry.buffers:

@@ -20,10 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from memopt.activations.clock import RegionClock
 from memopt.activations.contexts import ForwardContext, RecomputeContext
 from memopt.activations.frame import Frame, InputSlot, PreImage, RngState
-from memopt.activations.modes import MIN_MOVE_BYTES, ForwardMode
+from memopt.activations.modes import MIN_MOVE_BYTES, ForwardMode, Place
 from memopt.activations.patch import PatchedForward, has_filled_cache, without_caches
 from memopt.activations.regions import is_flat_sequential
 from memopt.activations.runs import RunsPatch
+from memopt.activations.skips import Readers, RegionSkips
 from memopt.activations.stored import Checked, Label, Stored
 from memopt.activations.tensors import is_dense, is_plain, nbytes_of
 from memopt.activations.transfers import Transfers
@@ -75,6 +76,8 @@ class ActivationEngine:
         self.on_call: Callable[[], None] | None = None
         self.on_untouched: Callable[[Any], None] | None = None
         self.fragile: dict[str, frozenset[int]] = {}
+        self.readers: dict[str, Readers] = {}
+        self._skips: dict[str, RegionSkips] = {}
         self.written_inputs: dict[str, frozenset[int]] = {}
         self._changing: set[str] = set()
         self._op_lists: dict[str, list[Any]] = {}
@@ -82,7 +85,7 @@ class ActivationEngine:
         self.plan = Plan()
         self.closed = False
         self._plans: dict[str, RegionPlan] = {}
-        self._placements: dict[str, dict[int, tuple[str, Placement]]] = {}
+        self._placements: dict[str, dict[int, tuple[str, Place]]] = {}
         self._patches: list[PatchedForward] = [
             RunsPatch(m, n, self._call)
             if isinstance(m, torch.nn.Sequential) and is_flat_sequential(m)
@@ -133,10 +136,18 @@ class ActivationEngine:
         self.plan = plan
         self.transfers.window_bytes = plan.window_bytes
         self._plans = {r.name: r for r in plan.regions}
-        self._placements = {
-            r.name: {o.position: (o.op, o.placement) for o in r.ops if o.placement != "recompute"}
-            for r in plan.regions
-        }
+        skips_before, self._placements, self._skips = self._skips, {}, {}
+        for region in plan.regions:
+            ops = [o for o in region.ops if o.placement != "recompute"]
+            places: dict[int, tuple[str, Place]] = {o.position: (o.op, o.placement) for o in ops}
+            skips = RegionSkips(self.readers.get(region.name, {}), places, self.notes)
+            before = skips_before.get(region.name)
+            if before is not None and before.of == skips.of:
+                skips = before  # and what it has proven
+            if skips.hollow:
+                self._skips[region.name] = skips
+                places.update({p: (name, "hollow") for p, name in skips.hollow.items()})
+            self._placements[region.name] = places
 
     def begin_root(self) -> None:
         """A root forward starts: calls are numbered anew."""
@@ -169,26 +180,31 @@ class ActivationEngine:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if not self._needs_gradient(patch.module, leaves):
             return patch.plain(*args, **kwargs)
-        frame = Frame(name, patch.module, patch.plain, RngState.capture(self.device))
+        frame = Frame(name, patch.module, RngState.capture(self.device))
         self._enter(frame)
         frame.call_args = leaves
 
         failed: list[BaseException] = []
 
+        plain = patch.plain
+
+        def call(values: list[Any]) -> Any:  # knows nothing of the frame, which holds it
+            call_args, call_kwargs = pytree.tree_unflatten(values, spec)
+            return plain(*call_args, **call_kwargs)
+
         def body(_: Tensor) -> Any:
             if frame.landed:
-                call_args, call_kwargs = pytree.tree_unflatten(frame.landed[-1], spec)
-                return frame.plain(*call_args, **call_kwargs)
+                return call(frame.landed[-1])
             assert frame.call_args is not None
-            call_args, call_kwargs = pytree.tree_unflatten(frame.call_args, spec)
             try:
-                return frame.plain(*call_args, **call_kwargs)
+                return call(frame.call_args)
             except BaseException as error:  # noqa: BLE001 - raised again below
                 # up to torch 2.12 checkpoint leaves its contexts by the end of a generator: after
                 # an exception when its traceback dies (in a notebook: never), and out of order
                 failed.append(error)
                 return None
 
+        frame.call = call
         written = self.written_inputs.get(name, frozenset())
         frame.pre_images.extend(PreImage(leaves[i]) for i in written)
         frame.inputs = [self._slot(v, plan, name, i in written) for i, v in enumerate(leaves)]
@@ -301,6 +317,7 @@ class ActivationEngine:
             return self.observer.forward_mode(frame, self)
         placements = self._placements.get(frame.name, {})
         changing = frame.name in self._changing
+        frame.skips = None if changing else self._skips.get(frame.name)
         return ForwardMode(
             frame,
             {} if changing else placements,
@@ -317,6 +334,8 @@ class ActivationEngine:
             self.clock.forward_ends()
         if self.observer is not None:
             self.observer.forward_ended(frame, mode)
+        if frame.skips is not None:
+            frame.skips.prune(frame)
         self._watch(frame)
         if not self.closed:
             self.transfers.poll()
@@ -377,10 +396,10 @@ class ActivationEngine:
             self.observer.recompute_ended(frame)
 
 
-def _attention_placement(placements: dict[int, tuple[str, Placement]]) -> Placement | None:
+def _attention_placement(placements: dict[int, tuple[str, Place]]) -> Placement | None:
     """Where a plan puts a region's attention, wherever it stands in the op list."""
     for name, placement in placements.values():
-        if "attention" in name:
+        if "attention" in name and placement != "hollow":
             return placement
     return None
 

@@ -8,8 +8,9 @@ graphs, exceptions and leaving the context early need no clean-up code.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,20 +18,26 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn import Module
 
-from memopt.activations.stored import Stored
+from memopt.activations.stored import Hollow, Stored
 from memopt.activations.tensors import is_plain, storage_key
 from memopt.types.errors import RecomputeMismatchError
+
+if TYPE_CHECKING:
+    from memopt.activations.skips import RegionSkips
 
 
 class Answer:
     """The stored result of one op: `func` for the match, one part per output."""
 
-    __slots__ = ("func", "parts", "rng_after", "sequence")
+    __slots__ = ("func", "hollow", "parts", "rng_after", "sequence")
 
-    def __init__(self, func: Any, parts: list[Any], sequence: type | None) -> None:
+    def __init__(
+        self, func: Any, parts: list[Any], sequence: type | None, *, hollow: bool = False
+    ) -> None:
         self.func = func
         self.parts = parts
         self.sequence = sequence
+        self.hollow = hollow
         self.rng_after: RngState | None = None
 
     def stored(self) -> list[Stored]:
@@ -43,6 +50,13 @@ class Answer:
             self.rng_after.restore()
         values = [p.take(keep=keep) if hasattr(p, "take") else p for p in self.parts]
         return values[0] if self.sequence is None else self.sequence(values)
+
+
+def hollow_answer(func: Any, outputs: list[Any], sequence: type | None) -> Answer | None:
+    """Return what answers an op without its values; None unless all outputs are of floating point."""
+    if not all(isinstance(out, Tensor) and out.is_floating_point() for out in outputs):
+        return None
+    return Answer(func, [Hollow(out) for out in outputs], sequence, hollow=True)
 
 
 @dataclass(slots=True)
@@ -174,15 +188,14 @@ class Frame:
     """One region call between its forward and its backward."""
 
     __slots__ = (
-        "__weakref__", "answers", "buffer_versions", "buffers", "call_args", "completed",
-        "generators", "inputs", "landed", "module", "name", "ops", "parameters", "plain",
-        "pre_images", "previous", "rng",
+        "__weakref__", "answers", "buffer_versions", "buffers", "call", "call_args", "completed",
+        "generators", "inputs", "landed", "module", "name", "ops", "parameters",
+        "pre_images", "previous", "rng", "skips",
     )  # fmt: skip
 
-    def __init__(self, name: str, module: torch.nn.Module, plain: Any, rng: RngState) -> None:
+    def __init__(self, name: str, module: torch.nn.Module, rng: RngState) -> None:
         self.name = name
         self.module = module
-        self.plain = plain
         self.rng = rng
         self.ops: list[Any] = []
         self.answers: dict[int, Answer] = {}
@@ -196,6 +209,8 @@ class Frame:
         self.generators: dict[torch.Generator, Tensor] = {}
         self.completed = False
         self.previous: Any = None
+        self.call: Callable[[list[Any]], Any] | None = None
+        self.skips: RegionSkips | None = None
 
     def complete(self) -> None:
         """The forward returned: from now on a change of what it read is a change too late."""

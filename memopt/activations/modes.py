@@ -18,14 +18,14 @@ The cost is paid per op, so every question about an op is answered once per over
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memopt.activations.facts import _FACTS, OpFacts, draws_numbers, facts_of
-from memopt.activations.frame import Answer, Frame, InputSlot, PreImage, RngState
+from memopt.activations.frame import Answer, Frame, InputSlot, PreImage, RngState, hollow_answer
 from memopt.activations.stored import Checked, DeviceStored, Label, Stored
 from memopt.activations.tensors import is_dense, is_plain, nbytes_of, storage_key, tensors_in
 from memopt.types.errors import RecomputeMismatchError
@@ -36,6 +36,7 @@ _graph_task = torch._C._current_graph_task_id
 MIN_MOVE_BYTES = 1 << 16
 """Tensors smaller than this stay on the device: a transfer costs more than they weigh."""
 
+Place = Placement | Literal["hollow"]
 StoreFn = Callable[..., Stored | None]
 
 
@@ -55,7 +56,7 @@ class ForwardMode(_RegionMode):
 
     Args:
         frame: the call.
-        placements: position -> (op name, placement).
+        placements: position -> (op name, placement, or "hollow" where nothing needs the output).
         fragile: positions whose outputs an unseen kernel writes later: copied at birth.
         store: `store(tensor, placement, label, clone_first=...)` of the engine.
         device: the session's device.
@@ -66,7 +67,7 @@ class ForwardMode(_RegionMode):
     def __init__(
         self,
         frame: Frame,
-        placements: Mapping[int, tuple[str, Placement]],
+        placements: Mapping[int, tuple[str, Place]],
         fragile: frozenset[int],
         store: StoreFn,
         device: torch.device,
@@ -147,7 +148,7 @@ class ForwardMode(_RegionMode):
     def _place(
         self,
         position: int,
-        place: tuple[str, Placement],
+        place: tuple[str, Place],
         func: Any,
         facts: OpFacts,
         args: tuple[Any, ...],
@@ -161,6 +162,9 @@ class ForwardMode(_RegionMode):
         sequence = type(out) if isinstance(out, (tuple, list)) else None
         outputs = list(out) if sequence is not None else [out]
         if not self._can_store(outputs, args, kwargs):
+            return
+        if placement == "hollow":
+            self._leave_hollow(position, func, outputs, sequence)
             return
         label = Label(region=self.frame.name, what=f"output of {facts.name} (op {position})")
         parts: list[Any] = []
@@ -178,6 +182,13 @@ class ForwardMode(_RegionMode):
         for output, part in zip(outputs, parts, strict=True):
             if isinstance(output, Tensor):
                 self._held.setdefault(storage_key(output), []).append(part)
+
+    def _leave_hollow(
+        self, position: int, func: Any, outputs: list[Any], sequence: type | None
+    ) -> None:
+        answer = hollow_answer(func, outputs, sequence)
+        if answer is not None:
+            self.frame.answers[position] = answer
 
     def _store_one(
         self, output: Tensor, placement: Placement, label: Label, fragile: bool
@@ -213,9 +224,10 @@ def _has_storage(value: Any, key: int) -> bool:
 class RecomputeMode(_RegionMode):
     """Answers the ops of one recomputation from what the frame stored."""
 
-    def __init__(self, frame: Frame, *, keep: bool) -> None:
+    def __init__(self, frame: Frame, *, keep: bool, skip: bool = False) -> None:
         super().__init__()
         self.position = 0
+        self._skip = skip
         self._frame = frame
         self._ops = frame.ops
         self._answers = frame.answers
@@ -238,7 +250,7 @@ class RecomputeMode(_RegionMode):
         if position >= len(self._ops) or self._ops[position] is not func:
             self._raise_mismatch(position, facts)
         answer = self._answers.get(position)
-        if answer is None:
+        if answer is None or (answer.hollow and not self._skip):
             return func(*args, **(kwargs or {}))
         out = answer.take(keep=self._keep)
         if not self._keep:

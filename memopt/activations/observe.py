@@ -26,11 +26,13 @@ from torch.utils.flop_counter import flop_registry
 from memopt.activations.facts import OpFacts, facts_of
 from memopt.activations.frame import Frame, InputSlot, PreImage
 from memopt.activations.modes import MIN_MOVE_BYTES, ForwardMode
+from memopt.activations.skips import Readers, readers_of
 from memopt.activations.tensors import (
     digest,
     is_dense,
     is_plain,
     nbytes_of,
+    only_views,
     storage_key,
     tensors_in,
 )
@@ -51,6 +53,9 @@ class _Op:
     reason: str = ""
     saved: set[int] = field(default_factory=set)
     saved_nbytes: int = 0
+    readers: set[int] = field(default_factory=set)
+    needed: bool = False
+    """Whether its outputs are written to, leave the region, or are used in a way that has no position."""
 
 
 @dataclass
@@ -79,6 +84,7 @@ class Record:
     backward_peak_bytes: int = 0
     backward_level_bytes: int = 0
     hidden_nbytes: int = 0
+    has_unseen_kernel: bool = False
     fragile: set[int] = field(default_factory=set)
     written_inputs: set[int] = field(default_factory=set)
 
@@ -136,14 +142,19 @@ class ObservedMode(ForwardMode):
         begin = self._meter.mark()
         out = super().__torch_dispatch__(func, types, args, kwargs)
         end = self._meter.mark()
-        if self.position == position:
-            return out
         facts = facts_of(func)
+        if self.position == position:
+            if not facts.unnumbered:
+                self._used(sources, None)
+            return out
         op = _Op(position, facts, marks=(begin, end))
         op.flops = _flops(func, args, kwargs or {}, out)
         written = [args[i] for i in facts.written_args if i < len(args)]
         written += [kwargs[k] for k in facts.written_kwargs if kwargs and k in kwargs]
-        self._rewritten({storage_key(t) for t in tensors_in(written) if is_plain(t)})
+        rewritten = {storage_key(t) for t in tensors_in(written) if is_plain(t)}
+        self._rewritten(rewritten)
+        if facts.writes or not only_views(out, sources):
+            self._used(sources - rewritten, position)
         self._born(op, out, sources)
         op.digesting = (end, self._meter.mark())
         self.record.ops.append(op)
@@ -185,10 +196,25 @@ class ObservedMode(ForwardMode):
             now = digest(_of_storage(storage))
             self._suspects.append((birth.op, (now != birth.digest).any()))
 
+    def _used(self, keys: set[int], position: int | None) -> None:
+        """An op reads these storages; what `empty` made and nobody was seen to write, was written unseen."""
+        for key in keys:
+            birth = self._births.get(key)
+            if birth is None:
+                continue
+            if position is None:
+                birth.op.needed = True
+            else:
+                birth.op.readers.add(position)
+            if birth.op.facts.kind == "factory" and "empty" in birth.op.facts.name:
+                self.record.has_unseen_kernel |= not birth.op.needed
+
     def _rewritten(self, keys: set[int]) -> None:
         """A write that the dispatcher showed: the storage has a new value by right."""
         for key in keys:
             birth = self._births.get(key)
+            if birth is not None:
+                birth.op.needed = True
             if birth is not None and birth.digest is not None and birth.storage() is not None:
                 birth.digest = digest(_of_storage(birth.storage()))
 
@@ -206,6 +232,7 @@ class ObservedMode(ForwardMode):
             return
         with _disable_current_modes():
             self._verify({key})
+        self._used({key}, None)
         if key not in birth.op.saved:
             birth.op.saved.add(key)
             birth.op.saved_nbytes += birth.nbytes
@@ -218,6 +245,8 @@ class ObservedMode(ForwardMode):
                 if flag:
                     self.record.fragile.add(op.position)
         self._suspects.clear()
+        for birth in self._births.values():
+            birth.op.needed |= birth.storage() is not None
         self._births.clear()
         self._settle_inputs()
 
@@ -313,6 +342,11 @@ class RegionObserver:
     def fragile(self) -> dict[str, frozenset[int]]:
         """Positions per region that an unseen kernel writes to."""
         return {r.name: frozenset(r.fragile) for r in self.records.values() if r.fragile}
+
+    def readers(self) -> dict[str, Readers]:
+        """Per region, where no kernel is unseen: ops that only other ops of it read, and which."""
+        seen = (r for r in self.records.values() if not (r.fragile or r.hidden_nbytes))
+        return {r.name: readers_of(r.ops) for r in seen if not r.has_unseen_kernel}
 
     def written_inputs(self) -> dict[str, frozenset[int]]:
         """Arguments per region, by place among its flattened ones, that it writes unseen."""

@@ -7,7 +7,7 @@ keeps them alive. Transfers to host memory and SSD are in `cuda.py` and `spill.p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -103,6 +103,39 @@ class DeviceStored:
                 f"returned (version {self._tensor._version}, saved at {self._version}); write to "
                 "a copy (tensor.clone()), or place it elsewhere (plan='recompute')"
             )
+
+
+class Hollow:
+    """Stands for an op output that nothing needs."""
+
+    nbytes = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._shape, self._stride = tensor.shape, tensor.stride()
+        self._dtype, self._device = tensor.dtype, tensor.device
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a proof holds for."""
+        return tuple(self._shape), self._stride, self._dtype
+
+    def prefetch(self) -> int:
+        """Return 0: there is nothing to bring."""
+        return 0
+
+    def protect(self) -> None:
+        """Nothing."""
+
+    def settle(self) -> None:
+        """Nothing."""
+
+    def take(self, *, keep: bool) -> Tensor:
+        """Return NaN in the right shape: whoever reads it shows."""
+        del keep
+        empty = torch.empty_strided(
+            self._shape, self._stride, dtype=self._dtype, device=self._device
+        )
+        return empty.fill_(float("nan"))
 
 
 class Checked:

@@ -91,3 +91,9 @@ def digest(tensor: Tensor) -> Tensor:
     tail = words[num_rows * _ROW_WORDS :]
     parts = [body.sum(1), body.sum(0), tail, flat[num_words * 8 :].to(torch.int64)]
     return torch.cat(parts)
+
+
+def only_views(out: Any, sources: set[int]) -> bool:
+    """Whether an op only made new names of storages that it was given: its result does not depend on their bytes."""
+    outputs = list(tensors_in(out))
+    return bool(outputs) and all(is_plain(t) and storage_key(t) in sources for t in outputs)

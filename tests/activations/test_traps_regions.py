@@ -183,7 +183,6 @@ def test_frozen_regions_are_not_recomputed_and_store_nothing():
         assert not stored or placement != "ssd"
 
 
-@pytest.mark.xfail(strict=True, reason="not yet: needs proof that no unseen kernel reads the op")
 def test_an_op_that_nothing_left_needs_is_skipped():
     """With softmax stored, q k^T need not run again: its only reader is answered from storage."""
 
