@@ -21,6 +21,10 @@ _TIMES_FROM = 2
 
 _TIMED_STEPS = 2
 _MAX_RETRIES = 3
+_WAITING = (
+    "a new plan waited because the graph of an earlier step was still alive (a kept loss or output); "
+    "detach what you keep"
+)
 
 
 class Replanning:
@@ -48,6 +52,8 @@ class Replanning:
         if self._timed_step is not None and steps.num_steps > self._timed_step:
             self._calibrate(planner, engine, steps)
         if engine.has_live_frames:
+            if self.next_plan is not None and not steps.begun:
+                engine.notes[_WAITING] = None
             return
         stale = planner.sees_gradients(steps.grad_bytes())
         if self._corrected:

@@ -266,3 +266,18 @@ def test_the_clock_stops_with_the_session():
     assert run._engine.clock is None
     assert run._engine.transfers.moved.on_wait is None
     loss.backward()
+
+
+def test_a_plan_that_waits_for_an_old_graph_says_so():
+    model, x = Stack(), torch.ones(256, 64)
+    held = []
+    with memopt.optimize(model, plan="recompute") as run:
+        for _ in range(3):
+            loss = model(x).sum()
+            loss.backward()
+        assert not any("still alive" in note for note in run.report().notes)
+    with memopt.optimize(model, plan="recompute") as run:
+        for _ in range(3):
+            held.append(model(x).sum())
+            model(x).sum().backward()
+        assert any("detach what you keep" in note for note in run.report().notes)
