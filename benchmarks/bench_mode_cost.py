@@ -116,7 +116,7 @@ class Modes:
         from memopt.activations.modes import ForwardMode
 
         device = torch.device("cpu")
-        frame = Frame("layer", torch.nn.Module(), None, RngState.capture(device))
+        frame = Frame("layer", torch.nn.Module(), RngState.capture(device))
         return ForwardMode(frame, placements, frozenset(), _no_store, device)
 
     def make(self, variant: str) -> AbstractContextManager[Any]:
