@@ -127,8 +127,6 @@ class CudaTransfers:
             if buffer is not None:
                 source = tensor.clone() if clone_first else shared_alias(tensor)
                 stored = HostStored(source, buffer, self.copy_out(source, buffer, label), self)
-        if stored is None:
-            self.moved.num_refused += 1
         return stored
 
     def copy_out(self, source: Tensor, buffer: HostBuffer, label: Label) -> Outgoing:

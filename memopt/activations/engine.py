@@ -127,10 +127,6 @@ class ActivationEngine:
         """Whether a graph still waits for its backward."""
         return len(self._live) > 0
 
-    def live_frames(self) -> list[Frame]:
-        """Frames that a graph still needs."""
-        return list(self._live)
-
     def use(self, plan: Plan) -> None:
         """Put a plan in force; frames already live keep what they have."""
         self.plan = plan

@@ -30,8 +30,6 @@ class Moved:
     ssd_write_bytes: int = 0
     ssd_read_bytes: int = 0
     exposed_s: float = 0.0
-    num_refused: int = 0
-    """Tensors that the budget of their place had no room for."""
     num_early: int = 0
     """Tensors that came while the host memory for them was still being locked."""
     on_wait: Callable[[Any, Any], None] | None = None
@@ -117,8 +115,6 @@ class CpuTransfers:
         begin_s = time.perf_counter()
         stored = SpillStored.from_cpu(tensor, self.spill, label, self.moved)
         self.moved.waited_on_cpu(begin_s)
-        if stored is None:
-            self.moved.num_refused += 1
         return stored
 
     def drain(self) -> None:

@@ -184,3 +184,19 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> Iterator[F
         yield device
     finally:
         device.close()
+
+
+def in_backward(device, body) -> None:
+    """Run `body` in a backward pass of `device`: in autograd's own thread where that is a CUDA device."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            body()
+            return grad * 2
+
+    Function.apply(torch.ones(3, device=device, requires_grad=True)).sum().backward()

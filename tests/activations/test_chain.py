@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 from _bitwise import spill_directory
-from _fake_cuda import FakeDevice, LostDeviceError, fake_cuda
+from _fake_cuda import FakeDevice, LostDeviceError, fake_cuda, in_backward
 
 import memopt
 from memopt.activations.chain import Chain
@@ -108,22 +108,6 @@ def values(nbytes: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(
         0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
-
-
-def in_backward(body) -> None:
-    """Run `body` in a backward pass."""
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x * 2
-
-        @staticmethod
-        def backward(ctx, grad):
-            body()
-            return grad * 2
-
-    Function.apply(torch.ones(3, requires_grad=True)).sum().backward()
 
 
 SIZES = [65_536, 65_537, 262_144, 262_145, 700_001, 3 * MIB + 77]
@@ -227,7 +211,7 @@ def test_the_host_does_not_wait(rig):
         assert not seen[0][1].query(), "the device must wait for the disk"
         rig.engine.inject()
 
-    in_backward(body)
+    in_backward("cpu", body)
     rig.same(seen[0], value)
 
 
@@ -294,12 +278,12 @@ def test_a_failed_read_surfaces_before_backward_returns(rig):
         rig.engine.inject(-errno.EIO, count=1)
 
     with pytest.raises(OSError, match="read at offset") as caught:
-        in_backward(body)
+        in_backward("cpu", body)
     assert taken
     assert caught.value.errno == errno.EIO
     rig.transfers.poll()  # raised once
     rig.device.synchronize()  # the stream that waited for the word went on
-    in_backward(lambda: taken.append(rig.take(stored)))
+    in_backward("cpu", lambda: taken.append(rig.take(stored)))
     rig.same(taken[1], values(100_000))
 
 
@@ -328,12 +312,12 @@ def test_strict_names_the_disk_not_the_bytes(rig):
         return tensor
 
     inner.take = take
-    in_backward(lambda: checked.take(keep=True))
+    in_backward("cpu", lambda: checked.take(keep=True))
     checked._digest[0] += 1  # an injected failure leaves the right bytes
     rig.engine.inject(-errno.EAGAIN, count=2**31)  # the disk answers after take, and badly
     threading.Timer(0.2, lambda: rig.engine.inject(-errno.EIO, count=1)).start()
     with pytest.raises(OSError, match="read at offset"):
-        in_backward(lambda: checked.take(keep=True))
+        in_backward("cpu", lambda: checked.take(keep=True))
     del inner.take
 
 

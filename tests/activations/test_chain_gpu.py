@@ -28,6 +28,7 @@ from _bitwise import (
     spill_directory,
     trace_of,
 )
+from _fake_cuda import in_backward
 from test_races_gpu import SLOW_COMPUTE, SPIN_CYCLES, STRESSES, busy_link, host_plan
 from torch import nn
 
@@ -68,22 +69,6 @@ def transfers():
     with spill_directory() as path, transfers_on(path) as transfers:
         assert transfers.chain is not None, transfers.chain_reason
         yield transfers
-
-
-def in_backward(body) -> None:
-    """Run `body` in a backward pass, in autograd's own thread."""
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x * 2
-
-        @staticmethod
-        def backward(ctx, grad):
-            body()
-            return grad * 2
-
-    Function.apply(torch.ones(3, device="cuda", requires_grad=True)).sum().backward()
 
 
 def test_this_machine_has_the_native_way():
@@ -269,11 +254,11 @@ def test_a_failed_read_surfaces_before_backward_returns(transfers):
         engine.inject(-errno.EIO, count=1)
 
     with pytest.raises(OSError, match="read at offset") as caught:
-        in_backward(body)
+        in_backward("cuda", body)
     assert caught.value.errno == errno.EIO
     torch.cuda.synchronize()  # nothing hangs on the word
     transfers.poll()
-    in_backward(lambda: taken.append(stored.take(keep=True)))
+    in_backward("cuda", lambda: taken.append(stored.take(keep=True)))
     assert torch.equal(taken[1], source)
 
 
