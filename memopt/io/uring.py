@@ -4,6 +4,9 @@ The native part is ``csrc/io/uring_engine.c``, bound with cffi in API mode (``me
 batch with one call and hears of it again when someone asks for the ticket; between the two, no Python code runs, so a
 training loop that holds the lock does not slow the disk, nor the disk the loop.
 
+Calls that cannot wait keep Python's lock (:class:`_ShortCalls`): cffi lets go of it in every call, and a thread that
+spins in bytecode then has it for the switch interval, 5 ms, before a call of a microsecond returns.
+
 io_uring is refused in many containers (the default seccomp profiles of Docker and containerd answer EPERM) and missing
 on old kernels; so opening the engine writes and reads one real block and turns whatever fails into
 :class:`IoEngineUnavailable` with the reason.
@@ -11,6 +14,7 @@ on old kernels; so opening the engine writes and reads one real block and turns 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import importlib
 import os
@@ -70,22 +74,75 @@ def load_native() -> Any:
     return native
 
 
+def _address(native: Any, pointer: Any) -> int:
+    return int(native.ffi.cast("uintptr_t", pointer))
+
+
+class _ShortCalls:
+    """The native calls that wait for no disk and for no thread of Python's, made without letting go of Python's lock.
+
+    At most they wait for the engine's mutex, which its own thread holds while it fills the ring and which nobody holds
+    while wanting Python's lock. Pointers are integers.
+    """
+
+    def __init__(self, native: Any) -> None:
+        pointer, word = ctypes.c_void_p, ctypes.c_uint64
+
+        def bind(name: str, result: Any, *arguments: Any) -> tuple[int, Any]:
+            at = _address(native, native.ffi.addressof(native.lib, f"memopt_uring_{name}"))
+            return at, ctypes.PYFUNCTYPE(result, *arguments)(at)
+
+        batch = (pointer, pointer, ctypes.c_uint32, word, pointer)
+        self.submit = bind("submit", ctypes.c_int, *batch)[1]
+        self.prepare = bind("prepare", ctypes.c_int, *batch)[1]
+        self.arm = bind("arm", None, pointer)[1]
+        self.release_address, self.release = bind("release", None, pointer)
+        self.cancel = bind("cancel", ctypes.c_int, pointer)[1]
+        self.is_released = bind("is_released", ctypes.c_int, pointer)[1]
+        self.free = bind("ticket_free", None, pointer)[1]
+        self._wait = bind("wait", ctypes.c_int, pointer, pointer, ctypes.c_int64, pointer)[1]
+
+    def poll(self, ring: int, ticket: int, result: int) -> bool:
+        """Whether the ticket is over, with its result; a wait of no time at all."""
+        return bool(self._wait(ring, ticket, 0, result))
+
+
+class _Handle:
+    """What owns a native ticket."""
+
+    __slots__ = ("_free", "address")
+
+    def __init__(self, address: int, free: Callable[[int], None]) -> None:
+        self.address = address
+        self._free = free
+
+    def __del__(self) -> None:
+        self._free(self.address)
+
+
 class _UringTicket(Ticket):
     def __init__(
-        self, engine: UringEngine, pieces: list[Piece], handle: Any, when_over: RawBuffer | None
+        self, engine: UringEngine, pieces: list[Piece], handle: _Handle, when_over: RawBuffer | None
     ) -> None:
         super().__init__(engine, pieces)
         self._handle = handle
         self._when_over = when_over  # kept alive: the driver writes there
         self._native = engine._native
+        self._short = engine._short
         self._ring = engine._ring
+        self._ring_address = engine._ring_address
+        self._result = engine._native.ffi.new("memopt_uring_result *")
         self._is_over = False
 
     def _finished(self, timeout_s: float | None) -> bool:
-        if self._is_over:
+        if self._is_over or self._poll():
             return True
+        if timeout_s == 0.0:
+            return False
         end = None if timeout_s is None else time.monotonic() + timeout_s
-        result = self._native.ffi.new("memopt_uring_result *")
+        ffi = self._native.ffi
+        handle = ffi.cast("memopt_uring_ticket *", self._handle.address)
+        result = ffi.new("memopt_uring_result *")
         while True:
             left = (
                 _SIGNAL_CHECK_S
@@ -93,15 +150,18 @@ class _UringTicket(Ticket):
                 else min(_SIGNAL_CHECK_S, max(0.0, end - time.monotonic()))
             )
             # Back in Python every tenth of a second: a KeyboardInterrupt must not wait for the disk.
-            if self._native.lib.memopt_uring_wait(
-                self._ring, self._handle, int(left * 1e9), result
-            ):
+            if self._native.lib.memopt_uring_wait(self._ring, handle, int(left * 1e9), result):
                 self._take_result(result)
                 return True
-            if timeout_s != 0.0:
-                self._check_alive()
+            self._check_alive()
             if end is not None and time.monotonic() >= end:
                 return False
+
+    def _poll(self) -> bool:
+        result = _address(self._native, self._result)
+        if self._short.poll(self._ring_address, self._handle.address, result):
+            self._take_result(self._result)
+        return self._is_over
 
     def _take_result(self, result: Any) -> None:
         with self._engine._lock:
@@ -134,20 +194,18 @@ class _PreparedTicket(_UringTicket):
 
     @property
     def released(self) -> bool:
-        return bool(self._native.lib.memopt_uring_is_released(self._handle))
+        return bool(self._short.is_released(self._handle.address))
 
     def release(self) -> None:
-        self._native.lib.memopt_uring_arm(self._handle)
-        self._native.lib.memopt_uring_release(self._handle)
+        self._short.arm(self._handle.address)
+        self._short.release(self._handle.address)
 
     def release_call(self) -> tuple[int, int]:
-        ffi, lib = self._native.ffi, self._native.lib
-        function = ffi.addressof(lib, "memopt_uring_release")
-        lib.memopt_uring_arm(self._handle)
-        return int(ffi.cast("uintptr_t", function)), int(ffi.cast("uintptr_t", self._handle))
+        self._short.arm(self._handle.address)
+        return self._short.release_address, self._handle.address
 
     def cancel(self) -> bool:
-        if not self._native.lib.memopt_uring_cancel(self._handle):
+        if not self._short.cancel(self._handle.address):
             return False
         self.claimed = True
         return True
@@ -187,7 +245,9 @@ class UringEngine(Engine):
             )
         self.block_bytes = block_bytes
         self._native = load_native()
+        self._short = _ShortCalls(self._native)
         self._ring = self._open_ring(sqpoll)
+        self._ring_address = _address(self._native, self._ring)
         self._finalizer = weakref.finalize(self, _release, self._native, self._ring, self._pid)
         self._slots: dict[IoFile, tuple[int, int]] = {}
 
@@ -231,18 +291,18 @@ class UringEngine(Engine):
         return self._native.ffi.gc(out[0], self._native.lib.memopt_uring_free)
 
     def _start(self, pieces: list[Piece], when_over: RawBuffer | None) -> Ticket:
-        handle = self._hand_over(self._native.lib.memopt_uring_submit, pieces, when_over)
+        handle = self._hand_over(self._short.submit, pieces, when_over)
         return _UringTicket(self, pieces, handle, when_over)
 
     def _prepare(
         self, pieces: list[Piece], when_over: RawBuffer | None, alive: Callable[[], object] | None
     ) -> Ticket:
-        handle = self._hand_over(self._native.lib.memopt_uring_prepare, pieces, when_over)
+        handle = self._hand_over(self._short.prepare, pieces, when_over)
         ticket = _PreparedTicket(self, pieces, handle, when_over)
         ticket.alive = alive
         return ticket
 
-    def _hand_over(self, call: Any, pieces: list[Piece], when_over: RawBuffer | None) -> Any:
+    def _hand_over(self, call: Any, pieces: list[Piece], when_over: RawBuffer | None) -> _Handle:
         """Copy ``pieces`` to native requests, ``call`` with them, and return the handle that owns the ticket."""
         ffi = self._native.ffi
         if when_over is not None and (when_over.nbytes != 4 or when_over.address % 4):
@@ -252,12 +312,14 @@ class UringEngine(Engine):
         requests = ffi.new("memopt_uring_request[]", len(pieces))
         for request, piece in zip(requests, pieces, strict=True):
             self._fill(request, piece)
-        out = ffi.new("memopt_uring_ticket **")
+        out = ctypes.c_void_p()
         word = when_over.address if when_over is not None else 0
-        rc = call(self._ring, requests, len(pieces), word, out)
+        at = _address(self._native, requests)
+        rc = call(self._ring_address, at, len(pieces), word, ctypes.byref(out))
         if rc < 0:
             raise OSError(-rc, f"{os.strerror(-rc)}: io_uring does not take requests any more")
-        return ffi.gc(out[0], self._native.lib.memopt_uring_ticket_free)
+        assert out.value is not None
+        return _Handle(out.value, self._short.free)
 
     def _fill(self, request: Any, piece: Piece) -> None:
         direct_slot, plain_slot = self._slots_of(piece.file)
