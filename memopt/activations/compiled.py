@@ -59,6 +59,30 @@ def refuse_compiled_around(model: Module, regions: Sequence[tuple[str, Module]])
         raise ConfigError(_refusal(name, module, inside))
 
 
+def refuse_cuda_graphs(regions: Sequence[tuple[str, Module]]) -> None:
+    """Refuse regions that were compiled with CUDA graphs (without CUDA the setting does nothing).
+
+    Raises:
+        ConfigError: names the regions, and the modes that can be used instead.
+    """
+    names = [name for name, module in regions if _uses_cuda_graphs(module)]
+    if names:
+        raise ConfigError(
+            f"{_listed(names)}: compiled with CUDA graphs (mode 'reduce-overhead' or "
+            "'max-autotune'), which own the memory of their outputs and write over it when a block "
+            "is recomputed; compile the blocks with mode='default' or "
+            "'max-autotune-no-cudagraphs' instead"
+        )
+
+
+def _uses_cuda_graphs(module: Module) -> bool:
+    if not is_compiled(module) or not any(p.is_cuda for p in module.parameters()):
+        return False
+    compiled = module._compiled_call_impl if is_compiled_in_place(module) else module
+    config = getattr(compiled, "get_compiler_config", dict)()  # Inductor's; other backends: None
+    return bool((config or {}).get("triton.cudagraphs"))
+
+
 def _contains(outer: Module, inner: Module) -> bool:
     return any(module is inner for module in outer.modules())
 

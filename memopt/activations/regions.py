@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import Module, ModuleDict, ModuleList, Sequential
 
-from memopt.activations.compiled import refuse_compiled_around
+from memopt.activations.compiled import refuse_compiled_around, refuse_cuda_graphs
 from memopt.types.errors import ConfigError
 
 RegionSpec = Sequence[str | Module] | Callable[[str, Module], bool] | None
@@ -34,13 +34,15 @@ def find_regions(model: Module, spec: RegionSpec = None) -> list[tuple[str, Modu
 
     Raises:
         ConfigError: a name or module that the model does not have, regions inside regions, a
-            predicate that matches nothing, or something compiled around regions.
+            predicate that matches nothing, something compiled around regions, or compiled with
+            CUDA graphs.
     """
     chosen = _automatic(model) if spec is None else _given(model, spec)
     unique = {id(m): (n, m) for n, m in reversed(chosen)}
     regions = [(n, m) for n, m in chosen if unique.pop(id(m), None) is not None]
     _refuse_nesting(regions)
     refuse_compiled_around(model, regions)
+    refuse_cuda_graphs(regions)
     return regions
 
 

@@ -14,10 +14,12 @@ from _bitwise import Program, assert_bitwise, compare, notes_of, plain_run, quie
 from _models import model_program
 from _traps import WIDTH, Block, Net, Sines, batch, simple_step
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 import memopt
+from memopt.activations.regions import find_regions
 from memopt.memory.accounting import AccountedMemory
 
 
@@ -113,24 +115,45 @@ def test_blocks_compiled_by_inductor_on_the_gpu(name, placement):
     assert len(record.run.trace.regions) == 3
 
 
+def graphed_net(**how):
+    net = Net(Sines)
+    for layer in net.layers:
+        layer.compile(**how)
+    return net
+
+
+GRAPHED = {
+    "mode": {"mode": "reduce-overhead"},
+    "option": {"options": {"triton.cudagraphs": True}},
+    "none": {"mode": "default"},
+    "other backend": {"backend": "aot_eager"},
+}
+
+
+@pytest.mark.parametrize("how", GRAPHED)
+def test_blocks_with_cuda_graphs_are_refused(how):
+    """On the CPU nothing is made of the setting; a card's parameters stand in as fakes."""
+    net = graphed_net(**GRAPHED[how])
+    assert len(find_regions(net, ["layers"])) == 3
+    with FakeTensorMode():
+        for module in net.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    on_card = torch.empty(parameter.shape, device="cuda")
+                    module._parameters[name] = nn.Parameter(on_card)
+    if how in ("mode", "option"):
+        with pytest.raises(memopt.ConfigError, match=r"layers\.0.*max-autotune-no-cudagraphs"):
+            find_regions(net, ["layers"])
+    else:
+        assert len(find_regions(net, ["layers"])) == 3
+
+
 @pytest.mark.gpu
-def test_blocks_with_cuda_graphs_are_exact_or_raise():
-    """A replayed graph writes into the same outputs: PyTorch itself raises where one is read too late."""
-
-    def build():
-        net = Net(Sines)
-        for layer in net.layers:
-            layer.compile(mode="reduce-overhead")
-        return net
-
-    program = Program(build=build, step=cuda_step, regions=["layers"], device="cuda")
-    plain = plain_run(program)
-    try:
-        record = run_memopt(program, "recompute")
-    except RuntimeError as error:
-        assert "CUDAGraphs" in str(error)  # noqa: PT017 -- raising is one of two right ways
-        return
-    compare(plain, record)
+def test_cuda_graphs_are_refused_before_anything_runs():
+    net = graphed_net(mode="reduce-overhead").cuda()
+    with pytest.raises(memopt.ConfigError, match="CUDA graphs"):
+        memopt.start(net, regions=["layers"])
+    cuda_step(net, 0)
 
 
 @pytest.mark.parametrize("placement", some("ssd"))
