@@ -1,17 +1,15 @@
 """Copies of small pieces between host and device, and the way device -> SSD -> device, each beside what it replaces.
 
-    python benchmarks/bench_copies.py [--directory DIRECTORY] [--repeats 9] [--limit 50] [--out FILE]
+    python benchmarks/bench_copies.py [--directory DIRECTORY] [--repeats 9] [--limit 40] [--out FILE]
 
 Part one: the same bytes as one large copy, as a loop of PyTorch's ``copy_``, as a loop in C, and in batches of 16 MiB
 and of everything (``cudaMemcpyBatchAsync``); to the device, to the host, and both at once. Wall time between two
 synchronisations, the queueing included; ways take turns; GB/s is the median's, the ratio is to the large copy of the
 same repeat (median of ratios).
 
-Part two (with ``--directory``): tensors go to extents in that directory and come back, with the copy's other end on the
-device. "chain" is memopt's native pipeline, "python" the same pipeline driven by a Python thread and blocking reads
-(memopt's fallback), "blocking" one tensor after the other. Each also beside a Python thread that is always busy, as a
-training loop is: that is what the native way is for. Rounds begin until the limit (seconds since the start of the
-program) has passed, the first of each way is not counted where there are more, and results are written after each.
+Part two (with ``--directory``): tensors go to extents in that directory and come back inside a backward pass, with
+the copy's other end on the device; see ``_device_ssd.py`` for the ways and the cases. Passes begin until ``--limit``
+seconds of part two are over, and results are written after each.
 """
 
 from __future__ import annotations
@@ -20,32 +18,29 @@ import argparse
 import contextlib
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from _common import provenance, write_json
+from _device_ssd import Rounds, run_rounds, show_chain
 from rich.console import Console
 from rich.table import Table
 
 from memopt.activations.cuda import CudaTransfers
 from memopt.activations.spill import SpillArea
-from memopt.activations.stored import Label
 from memopt.io import ExtentStore, open_engine
 from memopt.memory.pinned import HostPool
 from memopt.ops import cuda_status
 from memopt.ops.copies import Copies, copies_status
 
-BEGAN = time.perf_counter()
 MIB = 1 << 20
 PIECES = [256 << 10, 1 << 20, 4 << 20]
 BATCH_BYTES = 16 << 20
 DIRECTIONS = ["h2d", "d2h", "both"]
-LABEL = Label(region="", what="benchmark")
 
 
 class Link:
@@ -107,14 +102,19 @@ def timed(body: Callable[[], None]) -> float:
     return time.perf_counter() - begin
 
 
-def measure_link(total_bytes: int, repeats: int) -> list[dict[str, Any]]:
+def measure_link(total_bytes: int, repeats: int, limit_s: float) -> list[dict[str, Any]]:
     link = Link(total_bytes)
     rows = []
+    began, num_done = time.perf_counter(), 0
     for piece in PIECES:
         for direction in DIRECTIONS:
             ways = ["h2d", "d2h"] if direction == "both" else [direction]
             seconds: dict[str, list[float]] = {how: [] for how in HOWS}
+            num_done += 1
+            until = began + limit_s * num_done / (len(PIECES) * len(DIRECTIONS))
             for repeat in range(repeats + 1):
+                if repeat > 1 and time.perf_counter() > until:
+                    break
                 for how in HOWS[repeat % len(HOWS) :] + HOWS[: repeat % len(HOWS)]:
                     spent = timed(partial(link.run, how, ways, piece))
                     if repeat:  # the first round warms up
@@ -135,140 +135,6 @@ def measure_link(total_bytes: int, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-@contextlib.contextmanager
-def busy_python(*, busy: bool) -> Iterator[None]:
-    """Keep Python's lock wanted by another thread."""
-    over = threading.Event()
-
-    def spin() -> None:
-        while not over.is_set():
-            sum(range(2000))
-
-    thread = threading.Thread(target=spin)
-    if busy:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        if busy:
-            thread.join()
-
-
-def pipeline(transfers: CudaTransfers, tensors: list[torch.Tensor]) -> tuple[float, float]:
-    """Send all, then fetch all, two ahead; return the seconds of each."""
-    stored: list[Any] = []
-
-    def out() -> None:
-        stored.extend(
-            transfers.store(tensor, "ssd", LABEL, clone_first=False, wait=True)
-            for tensor in tensors
-        )
-        transfers.finish()
-
-    def back() -> None:
-        for i, item in enumerate(stored):
-            for ahead in stored[i : i + 3]:
-                ahead.prefetch()
-            item.take(keep=False)
-        if transfers.chain is not None:
-            transfers.chain.check()
-
-    seconds = timed(out), timed(back)
-    stored.clear()
-    return seconds
-
-
-def blocking(
-    store: ExtentStore, pool: HostPool, tensors: list[torch.Tensor]
-) -> tuple[float, float]:
-    """Copy, wait, write, wait; and the same back."""
-    buffer = pool.take(tensors[0].nbytes)
-    host = buffer.tensor(torch.uint8, (buffer.nbytes,))
-    extents = [store.alloc(tensor.nbytes) for tensor in tensors]
-
-    def out() -> None:
-        for tensor, extent in zip(tensors, extents, strict=True):
-            host.copy_(tensor)
-            store.write(extent, buffer.memoryview).wait()
-
-    def back() -> None:
-        for extent in extents:
-            store.read(extent, buffer.memoryview).wait()
-            torch.empty_like(host, device="cuda").copy_(host)
-
-    seconds = timed(out), timed(back)
-    for extent in extents:
-        store.free(extent)
-    buffer.release()
-    return seconds
-
-
-class Rounds:
-    """Passes of the chain and of what it replaces over the same tensors.
-
-    Args:
-        directory: where the spill file goes.
-        piece: bytes of a tensor.
-        total_bytes: of all tensors.
-    """
-
-    def __init__(self, directory: Path, piece: int, total_bytes: int) -> None:
-        self.piece, self.total_bytes = piece, total_bytes
-        self.tensors = [
-            torch.full((piece,), i % 251, dtype=torch.uint8, device="cuda")
-            for i in range(total_bytes // piece)
-        ]
-        self.engine = open_engine("auto", directory=directory)
-        self.area = SpillArea(
-            ExtentStore([(directory, 2 * total_bytes)], self.engine), HostPool(256 * MIB, True)
-        )
-        device = torch.device("cuda", torch.cuda.current_device())
-        self.transfers = CudaTransfers(device, HostPool(64 * MIB, True), self.area, 1 << 30)
-        self.chain = self.transfers.chain
-        names = (["chain"] if self.chain is not None else []) + ["python", "blocking"]
-        self.ways = [(name, busy) for busy in (False, True) for name in names]
-        self.spent: dict[tuple[str, bool], list[tuple[float, float]]] = {w: [] for w in self.ways}
-
-    def run(self, way: str, *, busy: bool) -> None:
-        """One pass, there and back."""
-        self.transfers.chain = self.chain if way == "chain" else None
-        with busy_python(busy=busy):
-            if way == "blocking":
-                pair = blocking(self.area.store, self.area.staging, self.tensors)
-            else:
-                pair = pipeline(self.transfers, self.tensors)
-        self.transfers.chain = self.chain
-        self.spent[way, busy].append(pair)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Medians so far."""
-        rows = []
-        for (way, busy), pairs in self.spent.items():
-            counted = pairs[1:] or pairs
-            if not counted:
-                continue
-            out, back = (statistics.median(pair[i] for pair in counted) for i in (0, 1))
-            rows.append(
-                {
-                    "piece_bytes": self.piece,
-                    "way": way,
-                    "busy_python": busy,
-                    "num_rounds": len(counted),
-                    "engine": self.engine.name,
-                    "chain_reason": self.transfers.chain_reason,
-                    "write_gb_per_s": self.total_bytes / out / 1e9,
-                    "read_gb_per_s": self.total_bytes / back / 1e9,
-                }
-            )
-        return rows
-
-    def close(self) -> None:
-        """Give everything back."""
-        self.transfers.close()
-        self.engine.close()
-
-
 def show_link(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="copies over the link: GB/s (ratio to one large copy)")
     for column in ("piece", "direction", *HOWS):
@@ -284,23 +150,6 @@ def show_link(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def show_chain(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table(title="device to SSD and back: GB/s")
-    for column in ("tensor", "way", "Python busy", "write", "read"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            f"{row['piece_bytes'] / MIB:g} MiB",
-            row["way"],
-            "yes" if row["busy_python"] else "no",
-            f"{row['write_gb_per_s']:.2f}",
-            f"{row['read_gb_per_s']:.2f}",
-        )
-    console.print(table)
-    if rows and rows[0]["chain_reason"]:
-        console.print(f"no chain: {rows[0]['chain_reason']}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -310,20 +159,23 @@ def main() -> None:
     parser.add_argument("--chain-mib", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=50.0, help="seconds; no pass begins later")
+    parser.add_argument("--only-chain", action="store_true", help="part two alone")
+    parser.add_argument("--link-limit", type=float, default=15.0, help="seconds of part one")
+    parser.add_argument("--limit", type=float, default=40.0, help="seconds of part two")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device")
-    if not copies_status()[0]:
-        sys.exit(f"this benchmark needs the native library: {copies_status()[1]}")
     console = Console(width=None if sys.stdout.isatty() else 140)
     record = provenance(["memopt", "torch", "cffi"])
     record |= {"benchmark": "copies", "library": cuda_status().build, "repeats": args.repeats}
-    record |= {"batched": copies_status()[1] or "cudaMemcpyBatchAsync", "chain": []}
-    record["link"] = measure_link(args.total_mib * MIB, args.repeats)
-    show_link(record["link"], console)
-    save(args.out, record)
+    record |= {"batched": copies_status()[1] or "cudaMemcpyBatchAsync", "link": [], "chain": []}
+    if not args.only_chain:
+        if not copies_status()[0]:
+            sys.exit(f"this benchmark needs the native library: {copies_status()[1]}")
+        record["link"] = measure_link(args.total_mib * MIB, args.repeats, args.link_limit)
+        show_link(record["link"], console)
+        save(args.out, record)
     if args.directory is not None:
         record["chain_bytes"] = args.chain_mib * MIB
         measure_chain(args, record)
@@ -332,19 +184,29 @@ def main() -> None:
 
 def measure_chain(args: argparse.Namespace, record: dict[str, Any]) -> None:
     """Fill ``record["chain"]``: rounds over all ways, tensors large and small in turn, until the limit."""
-    sizes = [Rounds(args.directory, piece, args.chain_mib * MIB) for piece in (64 * MIB, MIB)]
-    try:
-        for _ in range(args.rounds + 1):
-            for rounds in sizes:
-                for way, busy in rounds.ways:
-                    if time.perf_counter() - BEGAN > args.limit:
-                        return
-                    rounds.run(way, busy=busy)
-                    record["chain"] = [row for size in sizes for row in size.rows()]
-                    save(args.out, record)
-    finally:
-        for rounds in sizes:
-            rounds.close()
+    end = time.perf_counter() + args.limit
+    device = torch.device("cuda", torch.cuda.current_device())
+    total_bytes = args.chain_mib * MIB
+    with contextlib.closing(open_engine("auto", directory=args.directory)) as engine:
+        store = ExtentStore([(args.directory, 2 * total_bytes)], engine)
+        area = SpillArea(store, HostPool(256 * MIB, True))
+        with contextlib.closing(
+            CudaTransfers(device, HostPool(64 * MIB, True), area, 1 << 30)
+        ) as transfers:
+            sizes = []
+            for piece in (64 * MIB, MIB):
+                shape, num = (piece,), total_bytes // piece
+                tensors = [
+                    torch.full(shape, i % 251, dtype=torch.uint8, device=device) for i in range(num)
+                ]
+                sizes.append(Rounds(transfers, tensors))
+            run_rounds(sizes, args.rounds + 1, end, partial(keep, args.out, record, sizes))
+
+
+def keep(path: Path | None, record: dict[str, Any], sizes: list[Rounds]) -> None:
+    """Write what there is so far."""
+    record["chain"] = [row for size in sizes for row in size.rows()]
+    save(path, record)
 
 
 def save(path: Path | None, record: dict[str, Any]) -> None:

@@ -99,13 +99,17 @@ class Chain:
         if error:
             raise MemoptError(f"a copy of {nbytes:,} bytes was refused by CUDA: {error}")
 
+    def record(self, stream: Any) -> Any:
+        """Return an event behind what one of memopt's own streams was asked so far."""
+        return self._calls.record(stream)
+
     def write(self, copied: Any, extent: Any, buffer: HostBuffer, offset: int) -> Any:
-        """Write a buffer to the extent at `offset` once the event `copied` has passed; return the ticket."""
+        """Write a buffer to the extent at `offset` once `copied` (of :meth:`record`) has passed; return the ticket."""
         ticket = self.store.prepare_write(
             extent, buffer.memoryview, offset=offset, alive=copied.query
         )
         function, argument = ticket.release_call()
-        self.release_stream.wait_event(copied)
+        self._calls.wait_event(self.release_stream, copied)
         error = self._calls.launch_host_function(
             self.release_stream.cuda_stream, function, argument
         )
@@ -151,20 +155,26 @@ class Chain:
                 self._reads.append(ticket)
             self.copy(stream, destination, buffer.address, buffer.nbytes)
         finally:
-            event = stream.record_event()
+            event = self._calls.record(stream)
             buffer.release(event)
             if word is not None:
                 self._words.give(word, event)
         return event
 
+    def begin_in(self, compute: Any) -> Any:
+        """Order the stream in behind what the program's stream was asked so far; return the event of that."""
+        allocated = self._calls.record(compute, is_own=False)
+        self._calls.wait_event(self.in_stream, allocated)
+        return allocated
+
     def fetch_staged(self, write: StagedWrite, copied: Any, destination: int) -> Any:
         """Queue the way in of a piece that is still in its staging buffer; return the event of its end."""
         assert write.buffer is not None
-        self.in_stream.wait_event(copied)
+        self._calls.wait_event(self.in_stream, copied)
         try:
             self.copy(self.in_stream, destination, write.buffer.address, write.buffer.nbytes)
         finally:
-            write.fetched = self.in_stream.record_event()
+            write.fetched = self._calls.record(self.in_stream)
         return write.fetched
 
     def later(self, waiting: Advancing) -> None:

@@ -89,7 +89,7 @@ class ChainStored:
     def _send_piece(self, source: Tensor, stream: Any, buffer: HostBuffer, offset: int) -> None:
         try:
             self._chain.copy(stream, buffer.address, source.data_ptr() + offset, buffer.nbytes)
-            copied = stream.record_event()
+            copied = self._chain.record(stream)
             ticket = self._chain.write(copied, self._extent, buffer, offset)
         except BaseException:
             buffer.release()
@@ -151,9 +151,7 @@ class ChainStored:
     def _new_landing(self) -> Landing:
         compute = torch.cuda.current_stream(self._transfers.device)
         tensor = self._new_tensor()
-        allocated = compute.record_event()
-        self._chain.in_stream.wait_event(allocated)
-        return Landing(tensor, allocated, compute)
+        return Landing(tensor, self._chain.begin_in(compute), compute)
 
     def take(self, *, keep: bool) -> Tensor:
         """Return the tensor; the current stream waits for its last piece. The extent stays until the graph lets go."""

@@ -6,6 +6,11 @@ stream up until a 32-bit word in page-locked memory is 1; the storage engine set
 the device is queued before the bytes are there. CUDA does not see that dependency, so two rules keep it from deadlock:
 the read is in the disk's queue before the wait is in the stream's, and nothing that CUDA does can hold the read up.
 
+These calls keep Python's lock: each takes a microsecond, and a thread that spins in bytecode would have the lock for
+5 ms (the switch interval) whenever one lets go of it. They queue on memopt's own streams, whose queues stay short
+because every copy in them holds a staging buffer; and nothing that those streams wait for needs Python's lock. What
+does wait (``synchronize``), and what queues on the program's streams, which may be full, lets go of it.
+
 The driver's call is probed with a real wait: it must hold the stream, and let go of it.
 """
 
@@ -21,8 +26,9 @@ import torch
 
 from memopt.memory._cudart import LoadedCudart, load_cudart
 from memopt.memory.pinned import HostPool
+from memopt.types.errors import MemoptError
 
-__all__ = ["CudaStreamCalls", "StreamCalls", "Word", "Words", "open_stream_calls"]
+__all__ = ["CudaEvent", "CudaStreamCalls", "StreamCalls", "Word", "Words", "open_stream_calls"]
 
 _COPY_BY_ADDRESS = 4  # cudaMemcpyDefault: the direction follows from the addresses
 _WAIT_UNTIL_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
@@ -30,10 +36,26 @@ _WORD_STRIDE_BYTES = (
     64  # a cache line each: the GPU polls one while the disk's thread writes another
 )
 _PROBE_S = 5.0
+_WITHOUT_TIMING = 2  # cudaEventDisableTiming
+_NOT_READY = 600  # cudaErrorNotReady
 
 
 class StreamCalls(Protocol):
     """Each call returns an empty string, or the error's name. ``stream`` is a ``cudaStream_t``."""
+
+    def record(self, stream: Any, *, is_own: bool = True) -> Any:
+        """Return an event (``query``, ``synchronize``, ``wait(stream)``) behind what a torch stream was asked so far.
+
+        Raises:
+            MemoptError: CUDA refused it.
+        """
+
+    def wait_event(self, stream: Any, event: Any) -> None:
+        """Let a torch stream of memopt's own wait for an event of :meth:`record`.
+
+        Raises:
+            MemoptError: CUDA refused it.
+        """
 
     def launch_host_function(self, stream: int, function: int, argument: int) -> str:
         """Call the C function ``void (*)(void *)`` with ``argument`` when the stream gets there."""
@@ -48,52 +70,152 @@ class StreamCalls(Protocol):
         """Return where the device sees a byte of page-locked memory."""
 
 
-class CudaStreamCalls:
-    """The calls of the CUDA runtime that torch has loaded, and of the driver under it, for one device."""
+class CudaEvent:
+    """A CUDA event without timing; what ``torch.cuda.Stream.wait_event`` and the host pool ask of one."""
 
-    def __init__(self, cudart: LoadedCudart, wait_value: Any) -> None:
-        self._cudart = cudart
-        library = cudart.library
-        library.cudaLaunchHostFunc.argtypes = (ctypes.c_void_p,) * 3
-        library.cudaMemcpyAsync.argtypes = (
-            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p,
-        )  # fmt: skip
-        library.cudaHostGetDevicePointer.argtypes = (
-            ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint,
-        )  # fmt: skip
+    __slots__ = ("_calls", "_handle")
+
+    def __init__(self, calls: CudaStreamCalls) -> None:
+        self._calls = calls
+        handle = ctypes.c_void_p()
+        calls.must(calls.short.cudaEventCreateWithFlags, ctypes.byref(handle), _WITHOUT_TIMING)
+        self._handle = handle
+
+    def record(self, stream: Any, *, is_own: bool) -> None:
+        """Put the event behind what the stream was asked so far."""
+        library = self._calls.short if is_own else self._calls.long
+        self._calls.must(library.cudaEventRecord, self._handle, stream.cuda_stream)
+
+    def query(self) -> bool:
+        """Whether it has passed.
+
+        Raises:
+            MemoptError: the device failed.
+        """
+        short = self._calls.short
+        code = short.cudaEventQuery(self._handle)
+        if code == 0:
+            return True
+        short.cudaGetLastError()
+        if code == _NOT_READY:
+            return False
+        raise MemoptError(f"CUDA failed: {self._calls.name_of(code)}")
+
+    def synchronize(self) -> None:
+        """Wait until it has passed; other threads of Python's go on."""
+        self._calls.must(self._calls.long.cudaEventSynchronize, self._handle)
+
+    def wait(self, stream: Any, *, is_own: bool = False) -> None:
+        """Let a stream wait for it."""
+        library = self._calls.short if is_own else self._calls.long
+        self._calls.must(library.cudaStreamWaitEvent, stream.cuda_stream, self._handle, 0)
+
+    def __del__(self) -> None:
+        """An event that has not passed may go: CUDA frees it then."""
+        handle = getattr(self, "_handle", None)
+        if handle is not None and self._calls.short.cudaEventDestroy(handle):
+            self._calls.short.cudaGetLastError()
+
+
+class CudaStreamCalls:
+    """The calls of the CUDA runtime that torch has loaded, and of the driver under it, for one device.
+
+    Args:
+        path: of the runtime.
+        wait_value: ``cuStreamWaitValue32``; keeps Python's lock.
+        device_index: the device.
+    """
+
+    def __init__(self, path: str, wait_value: Any, device_index: int) -> None:
+        self.short = _typed(ctypes.PyDLL(path))
+        """Calls that keep Python's lock."""
+        self.long = _typed(ctypes.CDLL(path))
+        """Calls that let go of it."""
+        self._index = device_index
         wait_value.argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint)
         self._wait_value = wait_value
 
+    def name_of(self, code: int) -> str:
+        """Return an error's name."""
+        return str(self.short.cudaGetErrorName(code).decode())
+
+    def checked(self, function: Any, *arguments: Any) -> str:
+        """Call for this device; return "" or the error's name, cleared from the thread, whose device is as before."""
+        before = ctypes.c_int()
+        self.short.cudaGetDevice(ctypes.byref(before))
+        is_other = before.value != self._index
+        code = self.short.cudaSetDevice(self._index) if is_other else 0
+        code = code or function(*arguments)
+        text = "" if code == 0 else self.name_of(code)
+        if is_other:
+            self.short.cudaSetDevice(before.value)
+        if code:
+            self.short.cudaGetLastError()
+        return text
+
+    def must(self, function: Any, *arguments: Any) -> None:
+        """Call for this device.
+
+        Raises:
+            MemoptError: CUDA refused it.
+        """
+        error = self.checked(function, *arguments)
+        if error:
+            raise MemoptError(f"{function.__name__} was refused by CUDA: {error}")
+
+    def record(self, stream: Any, *, is_own: bool = True) -> CudaEvent:
+        """See :class:`StreamCalls`."""
+        event = CudaEvent(self)
+        event.record(stream, is_own=is_own)
+        return event
+
+    def wait_event(self, stream: Any, event: CudaEvent) -> None:
+        """See :class:`StreamCalls`."""
+        event.wait(stream, is_own=True)
+
     def launch_host_function(self, stream: int, function: int, argument: int) -> str:
         """See :class:`StreamCalls`."""
-        return self._cudart.checked(
-            lambda: self._cudart.library.cudaLaunchHostFunc(stream, function, argument)
-        )
+        return self.checked(self.short.cudaLaunchHostFunc, stream, function, argument)
 
     def wait_for_word(self, stream: int, device_address: int) -> str:
         """See :class:`StreamCalls`."""
-        error = self._cudart.checked(
-            lambda: self._wait_value(stream, device_address, 1, _WAIT_UNTIL_EQUAL)
-        )
+        error = self.checked(self._wait_value, stream, device_address, 1, _WAIT_UNTIL_EQUAL)
         return error and f"cuStreamWaitValue32: {error}"
 
     def copy(self, stream: int, destination: int, source: int, nbytes: int) -> str:
         """See :class:`StreamCalls`."""
-        return self._cudart.checked(
-            lambda: self._cudart.library.cudaMemcpyAsync(
-                destination, source, nbytes, _COPY_BY_ADDRESS, stream
-            )
-        )
+        copy = self.short.cudaMemcpyAsync
+        return self.checked(copy, destination, source, nbytes, _COPY_BY_ADDRESS, stream)
 
     def device_address(self, host_address: int) -> tuple[int, str]:
         """See :class:`StreamCalls`."""
         out = ctypes.c_void_p()
-        error = self._cudart.checked(
-            lambda: self._cudart.library.cudaHostGetDevicePointer(
-                ctypes.byref(out), host_address, 0
-            )
-        )
+        call = self.short.cudaHostGetDevicePointer
+        error = self.checked(call, ctypes.byref(out), host_address, 0)
         return out.value or 0, error
+
+
+def _typed(library: Any) -> Any:
+    """Declare the runtime's functions: without that ctypes would pass an address as a 32-bit integer."""
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    for name, *arguments in (
+        ("cudaGetDevice", pointer),
+        ("cudaSetDevice", number),
+        ("cudaGetErrorName", number),
+        ("cudaGetLastError",),
+        ("cudaEventCreateWithFlags", pointer, ctypes.c_uint),
+        ("cudaEventRecord", pointer, pointer),
+        ("cudaEventQuery", pointer),
+        ("cudaEventSynchronize", pointer),
+        ("cudaEventDestroy", pointer),
+        ("cudaStreamWaitEvent", pointer, pointer, ctypes.c_uint),
+        ("cudaLaunchHostFunc", pointer, pointer, pointer),
+        ("cudaMemcpyAsync", pointer, pointer, ctypes.c_size_t, number, pointer),
+        ("cudaHostGetDevicePointer", pointer, pointer, ctypes.c_uint),
+    ):
+        getattr(library, name).argtypes = arguments
+    library.cudaGetErrorName.restype = ctypes.c_char_p
+    return library
 
 
 class Word:
@@ -186,8 +308,8 @@ def open_stream_calls(device: torch.device) -> tuple[CudaStreamCalls | None, str
     if not isinstance(cudart, LoadedCudart):
         return None, reason
     try:
-        wait_value = ctypes.CDLL("libcuda.so.1").cuStreamWaitValue32_v2
-        calls = CudaStreamCalls(cudart, wait_value)
+        wait_value = ctypes.PyDLL("libcuda.so.1").cuStreamWaitValue32_v2
+        calls = CudaStreamCalls(cudart.library._name, wait_value, index)
     except (OSError, AttributeError) as error:
         return None, f"the driver or runtime lacks a stream call: {error}"
     reason = _probe(calls, device)
@@ -203,7 +325,7 @@ def _probe(calls: CudaStreamCalls, device: torch.device) -> str:
     if word is not None:
         stream = torch.cuda.Stream(device)
         reason = calls.wait_for_word(stream.cuda_stream, word.device_address)
-        event = stream.record_event()
+        event = calls.record(stream)
         time.sleep(0.001)
         if not reason and event.query():
             reason = "a stream did not wait for a word"

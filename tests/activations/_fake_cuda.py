@@ -128,6 +128,13 @@ class FakeDevice:
 
     # - memopt.memory.streams.StreamCalls
 
+    def record(self, stream: FakeStream, *, is_own: bool = True) -> FakeEvent:
+        del is_own
+        return stream.record_event()
+
+    def wait_event(self, stream: FakeStream, event: FakeEvent) -> None:
+        stream.wait_event(event)
+
     def launch_host_function(self, stream: int, function: int, argument: int) -> str:
         self.num_calls["host"] += 1
         call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
