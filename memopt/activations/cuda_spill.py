@@ -126,12 +126,12 @@ class CudaSpillStored:
     def _free(self) -> None:
         if self._extent is not None:
             extent, self._extent = self._extent, None
-            self._area.free_after(self._write, extent)
+            self._area.drop(self._write, extent=extent)
 
     def __del__(self) -> None:
         """Give buffer and extent back when the graph that needed them is gone."""
         if self._reading is not None:
             ticket, buffer = self._reading
             self._reading = None
-            self._area.release_after(ticket, buffer)
+            self._area.drop(ticket, buffer=buffer)
         self._free()

@@ -3,6 +3,10 @@
 Staging buffers come from a bounded pool: what is on its way is bounded by it, and when it is
 full the oldest write is waited for. Reads are started ahead by `prefetch` and land in staging
 too. A transfer that failed is raised at the next `poll`, `take` or `store`, never swallowed.
+
+What a stored tensor holds is given back when the graph lets go of it. That may be the garbage
+collector's doing, in the middle of anything, also of a method of the pool, the store or the engine
+with its lock held: `__del__` here only appends to a queue, which the next `stage` or `poll` works off.
 """
 
 from __future__ import annotations
@@ -39,27 +43,42 @@ class SpillArea:
         self.staging = staging
         self._writing: deque[StagedWrite] = deque()
         self._waiter: ThreadPoolExecutor | None = None
+        self._dropped: deque[tuple[Any, HostBuffer | None, Any | None]] = deque()
 
     def stage(self, nbytes: int, *, wait: bool = True) -> HostBuffer | None:
         """Return a staging buffer, waiting for the oldest writes while there is none."""
         self.poll()
         while (buffer := self.staging.try_take(nbytes, wait_events=wait)) is None:
-            if not wait or not self._writing:
+            if not wait:
                 return None
-            self._retire(self._writing.popleft())
+            if self._writing:
+                self._retire(self._writing.popleft())
+            elif not self._sweep(wait=True):
+                return None
         return buffer
 
     def claim(self, nbytes: int) -> tuple[Any, HostBuffer] | None:
         """Return an extent and a staging buffer for one tensor's way out; None without room for both."""
+        extent = self._alloc(nbytes)
+        if extent is None:
+            return None
+        buffer = None
         try:
-            extent = self.store.alloc(nbytes)
-        except ExtentStoreFull:
-            return None
-        buffer = self.stage(nbytes)
-        if buffer is None:
-            self.store.free(extent)
-            return None
-        return extent, buffer
+            buffer = self.stage(nbytes)
+        finally:
+            if buffer is None:
+                self.store.free(extent)
+        return None if buffer is None else (extent, buffer)
+
+    def _alloc(self, nbytes: int) -> Any | None:
+        """Return an extent, waiting for those that are about to come back; None without room."""
+        self._sweep(wait=False)
+        while True:
+            try:
+                return self.store.alloc(nbytes)
+            except ExtentStoreFull:
+                if not self._sweep(wait=True):
+                    return None
 
     def begin_write(self, extent: Any, buffer: HostBuffer) -> Any:
         """Write a staging buffer out; it returns to the pool when the write is over."""
@@ -85,24 +104,35 @@ class SpillArea:
         self.watch(ticket, buffer)
         return ticket
 
-    def free_after(self, ticket: Any, extent: Any) -> None:
-        """Free an extent, after the write into it if that has not even begun."""
-        if not ticket.done():
-            with contextlib.suppress(OSError):
-                ticket.wait()
-        self.store.free(extent)
-
-    def release_after(self, ticket: Any, buffer: HostBuffer) -> None:
-        """Return a staging buffer once the read into it is over."""
-        if not ticket.done():
-            with contextlib.suppress(OSError):
-                ticket.wait()
-        buffer.release()
+    def drop(
+        self, ticket: Any, *, buffer: HostBuffer | None = None, extent: Any | None = None
+    ) -> None:
+        """Give a staging buffer or an extent back once the transfer `ticket` is over; safe in `__del__`."""
+        self._dropped.append((ticket, buffer, extent))
 
     def poll(self) -> None:
         """Return the buffers of finished writes; raise the first that failed."""
+        self._sweep(wait=False)
         while self._writing and self._writing[0].ticket.done():
             self._retire(self._writing.popleft())
+
+    def _sweep(self, *, wait: bool) -> bool:
+        """Give back what was dropped and is over, or with `wait` all of it; return whether anything was."""
+        found = False
+        for _ in range(len(self._dropped)):
+            ticket, buffer, extent = self._dropped.popleft()
+            if wait and not ticket.done():
+                with contextlib.suppress(OSError):
+                    ticket.wait()
+            if not ticket.done():
+                self._dropped.append((ticket, buffer, extent))
+                continue
+            found = True
+            if buffer is not None:
+                buffer.release()
+            if extent is not None:
+                self.store.free(extent)
+        return found
 
     def finish(self) -> None:
         """Wait for every write."""
@@ -128,6 +158,7 @@ class SpillArea:
                 if self._waiter is not None:
                     self._waiter.shutdown(wait=True)
                 self._writing.clear()
+                self._sweep(wait=True)
                 self.store.close()
         finally:
             self.staging.close()
@@ -275,5 +306,5 @@ class SpillStored:
         if self._reading is not None:
             ticket, buffer = self._reading
             self._reading = None
-            self._area.release_after(ticket, buffer)
+            self._area.drop(ticket, buffer=buffer)
         self._free()

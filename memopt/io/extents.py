@@ -15,13 +15,15 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memopt.io.areas import Area, ExtentStoreFull, open_area
 from memopt.io.buffers import Buffer, BufferView, RawBuffer, view_of
 from memopt.io.engine import Engine, EngineName, Ticket, open_engine
+from memopt.io.extent import Extent, Pending, Run
 from memopt.io.files import IoFile
 from memopt.io.pieces import Kind, Transfer
 
@@ -43,42 +45,6 @@ class ExtentStats:
     written_bytes: int
     read_bytes: int
     num_extents: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """``nbytes`` (a multiple of the unit) at ``offset`` of file number ``area_index``."""
-
-    area_index: int
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """A transfer in flight on the units ``[begin, end)`` of an extent."""
-
-    kind: Kind
-    begin: int
-    end: int
-    ticket: Ticket
-
-
-@dataclass(kw_only=True, eq=False)
-class Extent:
-    """Space for ``nbytes`` bytes; ``written_bytes`` of them, from the start, can be read back."""
-
-    nbytes: int
-    runs: tuple[_Run, ...]
-    written_bytes: int = 0
-    freed: bool = False
-    failed: Ticket | None = None  # a write that did not reach the disk
-    pending: list[_Pending] = field(default_factory=list)
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes taken from the budget: ``nbytes`` rounded up to the file's unit."""
-        return sum(run.nbytes for run in self.runs)
 
 
 class ExtentStore:
@@ -112,6 +78,7 @@ class ExtentStore:
         self._next_area = 0
         self._stripe_bytes = stripe_bytes
         self._live: set[Extent] = set()
+        self._returned: deque[Extent] = deque()
         self._leaving: list[Extent] = []
         self._peak_bytes = self._written_bytes = self._read_bytes = 0
         self._closed = False
@@ -158,16 +125,17 @@ class ExtentStore:
             return extent
 
     def free(self, extent: Extent) -> None:
-        """Give the space back. It is reused only after the extent's transfers in flight have finished."""
-        with self._lock:
-            if extent.freed or extent not in self._live:
-                if self._closed:
-                    return
-                raise ValueError("this extent was freed before, or belongs to another store")
-            extent.freed = True
-            self._live.discard(extent)
-            self._leaving.append(extent)
-            self._collect(0)
+        """Give the space back. It is reused only after the extent's transfers in flight have finished.
+
+        Takes no lock and asks no ticket: whoever owns an extent may free it in its ``__del__``, which the garbage
+        collector can run in the middle of any method here, on the same thread.
+        """
+        if extent.freed or extent not in self._live:
+            if self._closed:
+                return
+            raise ValueError("this extent was freed before, or belongs to another store")
+        extent.freed = True
+        self._returned.append(extent)
 
     def write(self, extent: Extent, buffer: Buffer, *, offset: int = 0) -> Ticket:
         """Start writing ``buffer`` to ``extent`` from byte ``offset`` on; see :meth:`write_batch`.
@@ -368,7 +336,7 @@ class ExtentStore:
     def _enter(self, kind: Kind, extent: Extent, offset: int, nbytes: int, ticket: Ticket) -> None:
         unit = self.unit_bytes
         extent.pending.append(
-            _Pending(kind, offset // unit * unit, -(-(offset + nbytes) // unit) * unit, ticket)
+            Pending(kind, offset // unit * unit, -(-(offset + nbytes) // unit) * unit, ticket)
         )
         if kind == "read":
             self._read_bytes += nbytes
@@ -392,6 +360,10 @@ class ExtentStore:
 
     def _collect(self, need: int) -> None:
         """Reuse the space of freed extents whose transfers are over; wait for them when ``need`` asks for it."""
+        while self._returned:
+            extent = self._returned.popleft()
+            self._live.discard(extent)
+            self._leaving.append(extent)
         for extent in list(self._leaving):
             self._prune(extent)
             if extent.pending and need > self._available_bytes():
@@ -403,7 +375,7 @@ class ExtentStore:
                 for run in extent.runs:
                     self._areas[run.area_index].free.add(run.offset, run.nbytes)
 
-    def _take(self, need: int) -> list[_Run]:
+    def _take(self, need: int) -> list[Run]:
         """Take ``need`` bytes: striped over all areas when large, else from the next area that has them."""
         num = len(self._areas)
         striped = need >= self._stripe_bytes * num
@@ -411,7 +383,7 @@ class ExtentStore:
         order = [(self._next_area + i) % num for i in range(num)]
         order.sort(key=lambda i: self._areas[i].available_bytes < share)
         self._next_area = (self._next_area + 1) % num
-        runs: list[_Run] = []
+        runs: list[Run] = []
         refused: dict[int, ExtentStoreFull] = {}
         for limit in (share, need):
             for index in order:
@@ -424,7 +396,7 @@ class ExtentStore:
                 except ExtentStoreFull as error:
                     refused[index] = error
                     continue
-                runs.extend(_Run(index, start, nbytes) for start, nbytes in holes)
+                runs.extend(Run(index, start, nbytes) for start, nbytes in holes)
         if sum(run.nbytes for run in runs) < need:
             for run in runs:
                 self._areas[run.area_index].free.add(run.offset, run.nbytes)
