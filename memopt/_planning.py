@@ -18,6 +18,7 @@ from memopt._resources import Resources
 from memopt.activations.clock import RegionClock
 from memopt.plan import predict, solve_greedy, uniform_plan
 from memopt.trace.calibrate import recalibrated, with_micro_batches
+from memopt.types.budget import ResolvedBudget
 from memopt.types.errors import ConfigError
 from memopt.types.hardware import Hardware
 from memopt.types.plan import Placement, Plan, Prediction, RegionPlan
@@ -46,6 +47,11 @@ def read_plan(plan: str | Path | Plan) -> str | Plan:
         f"plan={str(plan)!r} is not 'auto', {', '.join(map(repr, _UNIFORM))}, a memopt.Plan, or the "
         "path of a saved plan"
     )
+
+
+def usable_host_bytes(budget: ResolvedBudget) -> int:
+    """Return what plans may use of the host budget: buffers of odd sizes leave gaps."""
+    return budget.host_bytes - min(budget.host_bytes // 64, _HOST_MARGIN_BYTES)
 
 
 def first_plan(regions: Sequence[tuple[str, Module]], where: Placement) -> Plan:
@@ -89,7 +95,7 @@ class Planner:
                 self.trace,
                 self._hardware,
                 device_bytes=budget.device_bytes,
-                host_bytes=budget.host_bytes - min(budget.host_bytes // 64, _HOST_MARGIN_BYTES),
+                host_bytes=usable_host_bytes(budget),
                 ssd_bytes=budget.ssd_bytes,
                 exact=self._exact,
                 staging_bytes=self._resources.staging_bytes or None,

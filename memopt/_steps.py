@@ -16,7 +16,7 @@ from memopt._states import expected_grad_bytes, measure_states
 from memopt.activations.observe import RegionObserver
 from memopt.memory.meter import Meter
 from memopt.trace.live import States, StepFigures, build_step_trace
-from memopt.types.trace import StepTrace
+from memopt.types.trace import RegionTrace, StepTrace
 
 
 class Steps:
@@ -59,6 +59,7 @@ class Steps:
         self._forward: list[tuple[Any, Any]] = []
         self._backward: list[tuple[Any, Any]] = []
         self._optimizer_mark: Any = None
+        self.on_backward_end: Callable[[], None] | None = None
         self._backward_task: int | None = None
         self._backward_mark: Any = None
 
@@ -116,6 +117,8 @@ class Steps:
     def _backward_ended(self) -> None:
         self._end = self._meter.mark()
         self._backward.append((self._backward_mark, self._end))
+        if self.on_backward_end is not None:
+            self.on_backward_end()
 
     # - Optimizer and step
 
@@ -163,8 +166,23 @@ class Steps:
 
     # - Results
 
-    def trace(self, observer: RegionObserver, device: str) -> StepTrace:
-        """Return the StepTrace of the step that just ended."""
+    def trace(
+        self,
+        observer: RegionObserver,
+        device: str,
+        *,
+        coming: tuple[int, int] | None = None,
+        regions: tuple[RegionTrace, ...] | None = None,
+    ) -> StepTrace:
+        """Return the StepTrace of the step that just ended.
+
+        Args:
+            observer: saw its regions.
+            device: "cuda" or "cpu".
+            coming: bytes of state that the optimizer's step will make, and what it will hold above
+                what is alive now, where it did not run yet.
+            regions: what is known of them in a step that is on its way; None: all of it.
+        """
         seconds = self._meter.seconds
         figures = self.figures
         figures.forward_s = sum(seconds(a, b) for a, b in self._forward)
@@ -177,14 +195,16 @@ class Steps:
             param_bytes=after.param_bytes,
             grad_bytes=grads,
             buffer_bytes=after.buffer_bytes,
-            optimizer_bytes=after.optimizer_bytes,
+            optimizer_bytes=after.optimizer_bytes + (coming[0] if coming else 0),
         )
         assert self._states is not None
+        if coming is not None:
+            figures.optimizer_peak_bytes = self._meter.current_bytes() + coming[1]
         peak = max(self.peak_bytes, observer.peak_bytes, figures.optimizer_peak_bytes)
         return build_step_trace(
             device,
             figures,
-            observer.region_traces(),
+            observer.region_traces() if regions is None else regions,
             self._states,
             after,
             (observer.outside_peak_bytes, peak),

@@ -20,6 +20,7 @@ import torch
 from torch.nn import Module
 
 from memopt._planning import Planner, first_plan, read_plan
+from memopt._refusal import BudgetGuard
 from memopt._replanning import Replanning
 from memopt._reporting import make_report
 from memopt._resources import Resources, open_resources
@@ -126,6 +127,9 @@ class Session:
             resources.beside_bytes,
             lambda: resources.transfers.moved.ssd_write_bytes,
         )
+        self._guard = BudgetGuard(resources, self._steps, self.optimizer)
+        if self.optimizer is None:
+            self._steps.on_backward_end = self._guard.backward_ended
         self._observer = RegionObserver(resources.meter)
         engine.use(first_plan(self._regions, resources.safest_input))
         engine.observer = self._observer
@@ -155,6 +159,7 @@ class Session:
             return
         self._resources.check_thread()
         self._check_seen(warn=False)  # a warning made an error must not keep the context open
+        self._guard.end()
         self._steps.finish()
         if self._engine is not None and self._engine.observer is None:
             self._steps.end_step(final=True)
@@ -172,10 +177,12 @@ class Session:
 
     def __exit__(self, *exc: object) -> None:
         """Stop, also after an exception; out of memory gets memopt's own table and what to do."""
-        out_of_memory = isinstance(exc[1], torch.OutOfMemoryError) if len(exc) > 1 else False
+        error = exc[1] if len(exc) > 1 else None
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        least = self._guard.least_after(error) if out_of_memory else ""
         self.stop()
         if out_of_memory:
-            sys.stderr.write(f"{self.report()}\n{_OUT_OF_MEMORY}\n")
+            sys.stderr.write(f"{self.report()}\n{_OUT_OF_MEMORY}\n{least}\n")
 
     # - What a user may ask
 
@@ -221,6 +228,7 @@ class Session:
         finally:
             self._num_roots_open -= 1
             self._steps.end_root()
+            self._guard.root_ends()
         self._steps.watch(out)
         return out
 
@@ -235,6 +243,8 @@ class Session:
         if self._observer is not None:
             self._observer.begin_root()
         self._steps.begin_root(args, kwargs)
+        if self._observer is not None:
+            self._guard.root_begins(self._observer)
 
     def _region_called(self) -> None:
         """A region runs; where the loop calls regions itself, the first one begins the step."""
@@ -270,6 +280,8 @@ class Session:
     def _before_step(self, *_: Any) -> None:
         if self._observer is not None:
             self._observer.close_backward()
+            if self._steps.saw_backward:
+                self._guard.backward_ended()
         if self._engine is not None and self._engine.clock is not None:
             self._engine.clock.backward_ends()
         self._steps.begin_optimizer()
@@ -291,6 +303,7 @@ class Session:
         assert engine is not None
         assert resources is not None
         if observer is not None:
+            self._guard.end()
             observer.close_backward()
             if self._hooks is not None:
                 self._steps.figures.outside_saved_bytes = self._hooks.saved_bytes

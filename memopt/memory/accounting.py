@@ -37,6 +37,8 @@ class AccountedMemory(TorchDispatchMode):
         super().__init__()
         self.limit_bytes = limit_bytes
         self.on_sample = on_sample
+        self.on_growth: Callable[[Any, int], None] | None = None
+        """Called with an op that allocated and `current_bytes`; what it raises ends the op."""
         self.current_bytes = 0
         self.peak_bytes = 0
         self.born_bytes = 0
@@ -65,7 +67,9 @@ class AccountedMemory(TorchDispatchMode):
                 return
         if tensor.layout is not torch.strided or tensor.device.type == "meta":
             return
-        storage = tensor.untyped_storage()
+        self._count(tensor.untyped_storage())
+
+    def _count(self, storage: Any) -> None:
         key = storage._cdata
         if key in self._live:
             return
@@ -101,6 +105,8 @@ class AccountedMemory(TorchDispatchMode):
     def _after_growth(self, func: Any) -> None:
         if self.on_sample is not None:
             self.on_sample(self.current_bytes)
+        if self.on_growth is not None:
+            self.on_growth(func, self.current_bytes)
         if self.limit_bytes is not None and self.current_bytes > self.limit_bytes:
             current, self.limit_bytes, limit = self.current_bytes, None, self.limit_bytes
             raise BudgetError(

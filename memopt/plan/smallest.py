@@ -174,6 +174,39 @@ def smallest_budget(
     return budget_for(found.timeline.device_bytes, share)
 
 
+def check_budget(
+    trace: StepTrace,
+    hardware: Hardware,
+    *,
+    device_bytes: int,
+    host_bytes: int,
+    ssd_bytes: int,
+    staging_bytes: int | None = None,
+) -> None:
+    """Return if `solve_greedy` finds a plan for these budgets, without looking for a fast one.
+
+    Args:
+        trace: the step, complete up to the optimizer's.
+        hardware: only which ways off the device there are; bytes do not depend on their rates.
+        device_bytes: as `solve_greedy` takes it; the other three as well.
+        host_bytes: memory for host buffers.
+        ssd_bytes: room on SSD.
+        staging_bytes: buffers in front of it.
+
+    Raises:
+        BudgetError: no plan fits; the message names the smallest device budget that would work.
+    """
+    model = build(trace, hardware, staging_bytes or 0)
+    slack = slack_of(trace.device)
+    staging = UNBOUNDED if staging_bytes is None else staging_bytes
+    limits = Limits(usable_bytes(device_bytes, slack), host_bytes, ssd_bytes, staging)
+    if limits.hold(evaluate(model, plain_choices(model), Settings(1, 1)).timeline):
+        return
+    smallest = smallest_candidate(model, limits)
+    if not limits.hold(smallest.timeline):
+        raise refuse(model, smallest, device_bytes, slack)
+
+
 def refuse(model: StepModel, candidate: Candidate, device_bytes: int, slack: float) -> BudgetError:
     """Return the error that names the smallest budget and what it consists of."""
     timeline = candidate.timeline
