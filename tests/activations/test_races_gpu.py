@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import threading
 
 import pytest
@@ -196,9 +197,15 @@ def test_on_the_users_own_stream(stress):
         return loss
 
     program = Program(build=Net, step=step, regions=["layers"], device="cuda", num_steps=20)
-    compare(plain_run(program), train(program, lambda model, optimizer: contextlib.nullcontext()))
-    with STRESSES[stress]():
-        compare(plain_run(program), run_memopt(program, host_plan(trace_of(PROGRAM))))
+    # the steps alternate on purpose, and the losses that are kept for the comparison keep graphs' nodes
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    try:
+        nothing = lambda model, optimizer: contextlib.nullcontext()  # noqa: E731
+        compare(plain_run(program), train(program, nothing))
+        with STRESSES[stress]():
+            compare(plain_run(program), run_memopt(program, host_plan(trace_of(PROGRAM))))
+    finally:
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(True)
 
 
 def test_backward_in_another_thread():
@@ -276,6 +283,8 @@ def _raise(kind, *_):
 
 
 def test_nothing_is_left_on_the_card_or_in_host_memory():
+    trace_of(PROGRAM)  # kept for the other tests
+    gc.collect()  # what failed tests left in their tracebacks
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
