@@ -31,7 +31,7 @@ class RegionObserver:
         self.records: dict[str, Record] = {}
         self.peak_bytes = 0
         self.tracing_bytes = 0
-        """Bytes alive that are only there because the step is traced."""
+        """Bytes that may be alive only because the step is traced."""
         self.outside_peak_bytes = 0
         self.outside: Any = None
         self.outside_standing_bytes: int | None = None
@@ -68,6 +68,8 @@ class RegionObserver:
             0, self._fold() - record.end_level_bytes - mode.cloned_bytes
         )
         record.end_level_bytes = self.meter.current_bytes()
+        # values before and after of what a region wrote outside itself: a plan may leave it untouched
+        self.tracing_bytes += 2 * sum(nbytes_of(image.before) for image in frame.pre_images)
         self._last_ended = record
         if self.outside is not None:
             self.outside_standing_bytes = self.outside.saved_bytes
