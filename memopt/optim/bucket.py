@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from memopt.optim.capture import DeviceClock
     from memopt.optim.native import Tables
 
-BASIS, BASIS_ROUND = "basis", "basis_round"
+BASIS, BASIS_ROUND, COMPENSATION = "basis", "basis_round", "compensation"
 _NO_BASIS = -1
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.optim.group_state import COMPENSATION, STEP, GroupState
+from memopt.optim.bucket import COMPENSATION
+from memopt.optim.group_state import STEP, GroupState
 from memopt.optim.tensors import local_part
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from memopt.ops import frugal_step as op
 from memopt.optim import native
-from memopt.optim.bucket import Bucket
+from memopt.optim.bucket import COMPENSATION, Bucket
 from memopt.optim.capture import DeviceClock
-from memopt.optim.group_state import COMPENSATION, STEP, GroupState
+from memopt.optim.group_state import STEP, GroupState
 from memopt.optim.rules import StateFreeRule, StateFullRule, state_free_rule, state_full_rule
 from memopt.optim.settings import Settings
 from memopt.optim.stepper import CPU_TILE, DEVICE_TILE, Job, StepContext, call_tag, run

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.optim.bucket import BASIS, BASIS_ROUND, Bucket, Entry, make_entry
+from memopt.optim.bucket import BASIS, BASIS_ROUND, COMPENSATION, Bucket, Entry, make_entry
 from memopt.optim.rules import JointRule, state_full_rule
 from memopt.optim.settings import Settings
-from memopt.optim.sharding import check_shards, fit_slice, refuse_joint
+from memopt.optim.sharding import check_shards, fit_slice
 from memopt.optim.tensors import local_part
 
 CLOCK: dict[str, Any] = {
@@ -30,7 +30,7 @@ CLOCK: dict[str, Any] = {
     "active_density": 0.0,
     "num_shards": 0,
 }
-COMPENSATION, STEP = "compensation", "step"
+STEP = "step"
 State = MutableMapping[Tensor, dict[str, Any]]
 
 
@@ -62,8 +62,6 @@ class GroupState:
         self.buckets = [Bucket(entries, settings, rule) for entries in by_kind.values()]
         for number, bucket in enumerate(self.buckets):
             bucket.number = number
-            if isinstance(rule, JointRule):
-                refuse_joint(bucket.entries, rule.name)
         check_shards(group, self.buckets)
         self._warn_of_one_flat_tensor(settings)
         self.home = {e.param: (b, i) for b in self.buckets for i, e in enumerate(b.entries)}

@@ -164,9 +164,10 @@ def rows_per_tile(limit: int | None, columns: int, slots_per_row: int, align: in
 
 
 def ranges(size: int, step: int | None) -> Iterator[tuple[int, int]]:
-    """Cut range(size) into runs of `step`."""
+    """Cut range(size) into runs of `step`; None gives one run, be it an empty one."""
     if step is None:
-        step = max(1, size)
+        yield 0, size
+        return
     for start in range(0, size, step):
         yield start, min(size, start + step)
 

@@ -2,7 +2,8 @@
 
 Each rank steps its own rows: selections depend on names, not on ranks, so columns and bases are the
 same everywhere, and blocks are chosen by global sizes; nothing is communicated, but for the whole
-gradient that svd needs at a switch. In `optimizer.state` the state is local. `state_dict()` shows
+gradient that svd needs at a switch, and the norms that rules of whole matrices sum over ranks in
+every step (`total_over_shards`). In `optimizer.state` the state is local. `state_dict()` shows
 it as DTensors sharded like their parameter, or `torch.distributed.checkpoint` would take every rank's
 part for a copy of the first one's:
 
@@ -23,8 +24,9 @@ from torch import Tensor
 
 from memopt.ops import quantize as q8
 from memopt.optim.arena import SCALE_SUFFIX
-from memopt.optim.bucket import BASIS, Bucket, Entry
-from memopt.optim.tensors import local_part, share
+from memopt.optim.bucket import COMPENSATION, Bucket, Entry
+from memopt.optim.rules.base import Total
+from memopt.optim.tensors import share
 
 
 def as_sharded(bucket: Bucket, i: int, values: dict[str, Any]) -> dict[str, Any]:
@@ -33,9 +35,14 @@ def as_sharded(bucket: Bucket, i: int, values: dict[str, Any]) -> dict[str, Any]
     if entry.shards is None:
         return values
     return {
-        key: _wrap(bucket, i, key, value) if isinstance(value, Tensor) and key != BASIS else value
+        key: _wrap(bucket, i, key, value) if _has_rows_of_its_own(bucket, key, value) else value
         for key, value in values.items()
     }
+
+
+def _has_rows_of_its_own(bucket: Bucket, key: str, value: Any) -> bool:
+    """Whether a state's value is another on every rank: not so a basis, or a joint rule's number."""
+    return isinstance(value, Tensor) and (key in bucket.arena.arrays or key == COMPENSATION)
 
 
 def _wrap(bucket: Bucket, i: int, key: str, value: Tensor) -> Tensor:
@@ -108,15 +115,25 @@ def check_shards(group: dict[str, Any], buckets: list[Bucket]) -> None:
         )
 
 
-def refuse_joint(entries: Iterable[Entry], rule: str) -> None:
-    """Raise for a rule that needs norms of whole matrices, which no rank has.
+def total_over_shards(entry: Entry) -> Total | None:
+    """Return what sums a tensor over the ranks that have rows of a parameter; None if none do.
 
-    Raises:
-        ValueError: naming the parameter.
+    The tensors are small (a number, or a number a column); replicas of a shard are not summed.
     """
-    for entry in entries:
-        if entry.shards is not None and local_part(entry.param).dim() >= 2:
-            raise ValueError(
-                f"state_full={rule!r} needs norms of whole matrices, and {entry.name!r} is sharded:"
-                " use adamw, lion or sgdm"
-            )
+    if entry.shards is None:
+        return None
+    mesh: Any = entry.param.device_mesh  # type: ignore[attr-defined]
+    placements: Any = entry.param.placements  # type: ignore[attr-defined]
+    groups = [
+        mesh.get_group(dim)
+        for dim, placement in enumerate(placements)
+        if placement.is_shard() and mesh.size(dim) > 1
+    ]
+
+    def total(value: Tensor) -> Tensor:
+        summed = value.contiguous()
+        for group in groups:
+            torch.distributed.all_reduce(summed, group=group)
+        return summed
+
+    return total

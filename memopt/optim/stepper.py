@@ -18,9 +18,10 @@ from memopt.ops.counter_rng import MASK32, mix32
 from memopt.ops.rounding import store_kahan, store_stochastic
 from memopt.optim.arena import Arena, Dither
 from memopt.optim.bucket import Entry
-from memopt.optim.parts import Part, Tile
-from memopt.optim.rules import Both, Hyper, JointRule, StateFreeRule, StateFullRule
+from memopt.optim.parts import BasisCut, Part, Tile
+from memopt.optim.rules import Both, Hyper, JointRule, StateFreeRule, StateFullRule, WholeRule
 from memopt.optim.settings import Settings
+from memopt.optim.sharding import total_over_shards
 from memopt.optim.tensors import as_matrix
 
 MOMENT_TAG = 0x5BD1E995  # tells the moments' random bits from the weights'
@@ -69,6 +70,11 @@ class StepContext:
             return torch.promote_types(dtype, torch.float32)
         return dtype
 
+    @property
+    def whole(self) -> bool:
+        """Whether a rule looks at whole tensors, so that a tile must be one."""
+        return not (self.full.elementwise and self.free.elementwise)
+
     def key(self, entry: Entry, *, moment: bool) -> int:
         """Key of the rounding's random bits in this call."""
         tag = entry.tag ^ MOMENT_TAG if moment else entry.tag
@@ -94,11 +100,10 @@ def _pieces(job: Job, limit: int | None, align: int) -> Iterator[Piece]:
 
 def run(jobs: Sequence[Job], context: StepContext, *, limit: int | None) -> None:
     """Update all jobs' parameters."""
-    whole = not (context.full.elementwise and context.free.elementwise)
     batch: list[Piece] = []
     filled = 0
     for job in jobs:
-        for piece in _pieces(job, None if whole else limit, context.arena.align):
+        for piece in _pieces(job, None if context.whole else limit, context.arena.align):
             batch.append(piece)
             filled += piece.tile.weight.numel()
             if limit is not None and filled >= limit:
@@ -111,7 +116,8 @@ def run(jobs: Sequence[Job], context: StepContext, *, limit: int | None) -> None
 
 
 def _update(batch: Sequence[Piece], context: StepContext) -> None:
-    batch = [piece for piece in batch if piece.tile.weight.numel()]
+    # A rank without rows of a matrix takes part in the sums that rules of whole matrices need.
+    batch = [p for p in batch if p.tile.weight.numel() or (context.whole and p.job.entry.shards)]
     if not batch:
         return
     dtype, s = context.work_dtype, context.settings
@@ -153,11 +159,14 @@ def _update_both(piece: Piece, weight: Tensor, grad: Tensor, context: StepContex
     """Let a joint rule update a whole matrix."""
     s, tile, rule = context.settings, piece.tile, context.full
     assert isinstance(rule, JointRule)
+    assert isinstance(tile.cut, BasisCut)
     start = piece.job.offset + tile.slot
     moments = context.arena.load(start, start + tile.num_slots, context.work_dtype)
+    shape = weight.shape[0], tile.cut.basis.shape[0]
     both = Both(
         weight=weight, grad=grad, cut=tile.cut, memory=piece.job.memory, step=piece.job.step,
-        moments=[moment.view(weight.shape[0], -1) for moment in moments],
+        moments=[moment.view(shape) for moment in moments],
+        total=total_over_shards(piece.job.entry),
     )  # fmt: skip
     rule.update_both(both, _hyper(context), context.lr * s.free_scale)
     context.arena.save(start, moments, _dither(piece, context))
@@ -200,7 +209,7 @@ def _update_free(
 ) -> None:
     rule = context.free
     chosen = [i for i, piece in enumerate(batch) if piece.tile.cut.has_free]
-    if not chosen or rule.name == "none":
+    if not chosen or not context.settings.split or rule.name == "none":
         return
     seen = []
     for i in chosen:
@@ -208,7 +217,7 @@ def _update_free(
         overwritten = rule.elementwise and not batch[i].job.entry.selection.low_rank
         grad = grad if overwritten else tile.cut.complement(grad)
         seen.append(grad.reshape(-1) if _is_vector(batch[i], rule) else grad)
-    directions = rule.direction(seen)
+    directions = _directions(rule, seen, [batch[i] for i in chosen])
     if directions is None:
         return
     cleaned = [
@@ -217,6 +226,17 @@ def _update_free(
     ]  # fmt: skip
     scale = -(context.lr * context.settings.free_scale)
     torch._foreach_add_([weights[i] for i in chosen], cleaned, alpha=scale)
+
+
+def _directions(
+    rule: StateFreeRule, grads: list[Tensor], pieces: Sequence[Piece]
+) -> list[Tensor] | None:
+    if not isinstance(rule, WholeRule):
+        return rule.direction(grads)
+    return [
+        rule.direction_of(grad, total_over_shards(piece.job.entry))
+        for grad, piece in zip(grads, pieces, strict=True)
+    ]
 
 
 def _is_vector(piece: Piece, rule: StateFreeRule) -> bool:

@@ -10,7 +10,6 @@ from torch import nn
 
 from memopt.optim import Frugal, frugal_groups
 from memopt.optim.presets import apollo, fira
-from memopt.optim.tensors import Shards
 
 GAP, RANK, GAMMA = 4, 3, 1.01
 
@@ -200,11 +199,3 @@ def test_bfloat16_weights_and_8bit_moments_learn():
             weight.grad = (weight.detach().float() - target).bfloat16()
             optimizer.step()
         assert float((weight.detach().float() - target).square().mean()) < 0.2, settings
-
-
-def test_norms_of_whole_matrices_are_refused_for_shards(monkeypatch):
-    monkeypatch.setattr("memopt.optim.bucket.shards_of", lambda p: Shards(2, 2 * p.shape[0]))
-    weight = nn.Parameter(torch.zeros(8, 6))
-    weight.grad = torch.ones(8, 6)
-    with pytest.raises(ValueError, match="state_full='fira' needs norms of whole matrices"):
-        fira([{"params": [("weight", weight)]}]).step()

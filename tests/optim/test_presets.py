@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from memopt.optim import Frugal, frugal_groups
-from memopt.optim.presets import AdaFrugalSchedule, adafrugal, badam, galore, scale
+from memopt.optim.presets import AdaFrugalSchedule, adafrugal, badam, galore, scale, sinkgd
 
 
 class Layer(nn.Module):
@@ -164,3 +164,46 @@ def test_adafrugal():
     assert used[0] > 3 * used[-1]
     with pytest.raises(ValueError, match="arena_density"):
         AdaFrugalSchedule(Frugal(frugal_groups(Model())), density_start=0.9)
+
+
+@pytest.mark.parametrize("iterations", [5, 2])
+def test_sinkgd(iterations):
+    """Algorithm 3 with the diagonal matrices of row norms Q(X) and of column norms R(X)."""
+    model = Model()
+    settings = {} if iterations == 5 else {"iterations": iterations}
+    optimizer = sinkgd(frugal_groups(model), lr=0.01, alpha=0.5, weight_decay=0.1, **settings)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if n.startswith("layers")}
+    plain = copy.deepcopy(model)
+    others = [p for n, p in plain.named_parameters() if not n.startswith("layers")]
+    adamw = torch.optim.AdamW(others, lr=0.01, weight_decay=0.1)
+    for step in range(3):
+        give_grads(model, step)
+        give_grads(plain, step)
+        model.layers[0].up.weight.grad[3] = 0.0  # a unit without gradient rests
+        optimizer.step()
+        adamw.step()
+        for name, w in weights.items():
+            x = model.get_parameter(name).grad.double()
+            m, n = x.shape
+            for _ in range(iterations):
+                x = n**0.5 * torch.diag(1 / x.norm(dim=1).clamp_min(1e-12)) @ x
+                x = m**0.5 * x @ torch.diag(1 / x.norm(dim=0))
+            w.copy_(w * (1 - 0.01 * 0.1) - 0.01 * 0.5 * x)
+            torch.testing.assert_close(model.get_parameter(name).detach(), w, rtol=1e-5, atol=1e-6)
+    for name in ("embed.weight", "norm.weight", "norm.bias", "head.weight"):
+        torch.testing.assert_close(model.get_parameter(name), plain.get_parameter(name))
+    states = [optimizer.state[p] for p in model.layers.parameters()]
+    assert all(s["exp_avg"].numel() == 0 for s in states)
+    with pytest.raises(ValueError, match="iterations=0"):
+        sinkgd(frugal_groups(model), iterations=0)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_sinkgd_sees_no_scale(size):
+    """Squares of these gradients are no float32 numbers; the update is that of any other scale."""
+    weights = [nn.Parameter(torch.zeros(6, 4)) for _ in range(2)]
+    grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    for weight, factor in zip(weights, (1.0, size), strict=True):
+        weight.grad = grad * factor
+        sinkgd([{"params": [weight]}], lr=0.1).step()
+    torch.testing.assert_close(weights[0], weights[1])

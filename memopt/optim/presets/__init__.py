@@ -12,5 +12,15 @@ from memopt.optim.presets.badam import badam
 from memopt.optim.presets.fira import fira
 from memopt.optim.presets.galore import galore
 from memopt.optim.presets.scale import scale
+from memopt.optim.presets.sinkgd import sinkgd
 
-__all__ = ["AdaFrugalSchedule", "adafrugal", "apollo", "badam", "fira", "galore", "scale"]
+__all__ = [
+    "AdaFrugalSchedule",
+    "adafrugal",
+    "apollo",
+    "badam",
+    "fira",
+    "galore",
+    "scale",
+    "sinkgd",
+]

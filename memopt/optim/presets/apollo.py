@@ -13,22 +13,27 @@ APOLLO and sqrt(n / 4) up to 128 for Mini, by model width: say it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memopt.optim.frugal import Frugal
-from memopt.optim.presets.fira import LIMITER, adam_direction, limit_growth
 from memopt.optim.presets.galore import with_rank
 from memopt.optim.rules import register_state_full
-from memopt.optim.rules.adamw import AdamW
-from memopt.optim.rules.base import Both, Hyper, JointRule
+from memopt.optim.rules.base import Hyper
+from memopt.optim.rules.joint import (
+    LIMITER,
+    NORM_FLOOR,
+    Both,
+    JointRule,
+    adam_direction,
+    growth_limit,
+    line_factors,
+)
 from memopt.optim.selections import Choice, register_selection
 from memopt.optim.selections.lowrank import LowRank
-
-_NORM_FLOOR = 1e-8
 
 
 class GaussianProjection(LowRank):
@@ -52,36 +57,32 @@ class ApolloRule(JointRule):
     """The equations above."""
 
     name = "apollo"
-    moments = AdamW.moments
     memory = (LIMITER,)
-    by_channel = True
 
     def update_both(self, both: Both, hyper: Hyper, free_lr: float) -> None:
         """Update in place."""
         inside = both.cut.gather(both.grad)
         direction = adam_direction(inside, both.moments, both.step, hyper)
-        dim = 1 if self.by_channel else (0, 1)
-        norms = [torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (direction, inside)]
-        scaled = both.grad * (norms[0] / (norms[1] + _NORM_FLOOR))
-        both.weight.add_(limit_growth(scaled, both.memory[LIMITER]), alpha=-hyper.lr)
+        scaled, norm = self.scaled(both, inside, direction)
+        factor = growth_limit(norm, both.memory[LIMITER])
+        both.weight.add_(scaled.mul_(factor), alpha=-hyper.lr)
 
-    def update(
-        self,
-        weights: list[Tensor],
-        grads: list[Tensor],
-        moments: list[list[Tensor]],
-        steps: Sequence[int],
-        hyper: Hyper,
-    ) -> None:
-        """AdamW, for vectors."""
-        AdamW().update(weights, grads, moments, steps, hyper)
+    def scaled(self, both: Both, inside: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """Return G s, a tensor of its own, and the norm of the whole matrix's."""
+        scaled = both.grad * line_factors(direction, inside)
+        return scaled, both.whole_norms(scaled)
 
 
 class ApolloMiniRule(ApolloRule):
     """One factor a matrix."""
 
     name = "apollo_mini"
-    by_channel = False
+
+    def scaled(self, both: Both, inside: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """Return G s and its norm, |G| s."""
+        of_direction, of_inside, of_grad = both.whole_norms(direction, inside, both.grad)
+        factor = of_direction / (of_inside + NORM_FLOOR)
+        return both.grad * factor, of_grad * factor
 
 
 register_selection(GaussianProjection())

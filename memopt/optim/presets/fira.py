@@ -14,69 +14,37 @@ which differs in the first steps only.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from memopt.optim.frugal import Frugal
 from memopt.optim.presets.galore import with_rank
 from memopt.optim.rules import register_state_full
-from memopt.optim.rules.adamw import AdamW
-from memopt.optim.rules.base import Both, Hyper, JointRule
-
-GAMMA = 1.01
-_NORM_FLOOR = 1e-8  # as in the published code: a row without gradient is not scaled
-LIMITER = "limiter_norm"
-
-
-def adam_direction(grad: Tensor, moments: Sequence[Tensor], step: int, hyper: Hyper) -> Tensor:
-    """Update Adam's moments in place; return `m^ / (sqrt(v^) + eps)`."""
-    mean, square = moments
-    mean.lerp_(grad, 1 - hyper.beta1)
-    square.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
-    denominator = (square / (1 - hyper.beta2**step)).sqrt_().add_(hyper.eps)
-    direction: Tensor = mean / denominator / (1 - hyper.beta1**step)
-    return direction
-
-
-def limit_growth(update: Tensor, last_norm: Tensor) -> Tensor:
-    """Scale an update down where its norm exceeds GAMMA times the last one's; remember its norm."""
-    norm = torch.linalg.vector_norm(update, dtype=torch.float32).view(1)
-    allowed = torch.where(last_norm > 0, GAMMA * last_norm, norm)
-    factor = (allowed / norm.clamp_min(_NORM_FLOOR)).clamp_max(1.0)
-    last_norm.copy_(norm * factor)
-    limited: Tensor = update * factor.to(update.dtype)
-    return limited
+from memopt.optim.rules.base import Hyper
+from memopt.optim.rules.joint import (
+    LIMITER,
+    Both,
+    JointRule,
+    adam_direction,
+    growth_limit,
+    line_factors,
+)
 
 
 class FiraRule(JointRule):
     """The equations above."""
 
     name = "fira"
-    moments = AdamW.moments
     memory = (LIMITER,)
 
     def update_both(self, both: Both, hyper: Hyper, free_lr: float) -> None:
         """Update in place."""
         inside = both.cut.gather(both.grad)
         direction = adam_direction(inside, both.moments, both.step, hyper)
-        norms = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (direction, inside)]
-        scaled = both.cut.complement(both.grad) * (norms[0] / (norms[1] + _NORM_FLOOR))
-        both.weight.add_(limit_growth(scaled, both.memory[LIMITER]), alpha=-free_lr)
+        scaled = both.cut.complement(both.grad).mul_(line_factors(direction, inside))
+        factor = growth_limit(both.whole_norms(scaled), both.memory[LIMITER])
+        both.weight.add_(scaled.mul_(factor), alpha=-free_lr)
         both.cut.put(both.weight, direction.mul_(-hyper.lr))
-
-    def update(
-        self,
-        weights: list[Tensor],
-        grads: list[Tensor],
-        moments: list[list[Tensor]],
-        steps: Sequence[int],
-        hyper: Hyper,
-    ) -> None:
-        """AdamW, for vectors."""
-        AdamW().update(weights, grads, moments, steps, hyper)
 
 
 register_state_full(FiraRule())

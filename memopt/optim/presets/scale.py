@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from memopt.optim.frugal import Frugal
 from memopt.optim.groups import frugal_groups
 from memopt.optim.rules import register_state_free, register_state_full
-from memopt.optim.rules.base import Hyper, Moment, StateFreeRule, StateFullRule
+from memopt.optim.rules.base import Hyper, Moment, StateFullRule, Total, WholeRule
 from memopt.optim.rules.free import column_normalized
 
 
@@ -47,15 +47,14 @@ class NormalizedMomentum(StateFullRule):
         torch._foreach_add_(weights, directions, alpha=-hyper.lr)
 
 
-class EmbeddingNormalized(StateFreeRule):
+class EmbeddingNormalized(WholeRule):
     """C for an embedding's (in, out) weight."""
 
     name = "embedding_normalized"
-    elementwise = False
 
-    def direction(self, grads: list[Tensor]) -> list[Tensor] | None:
+    def direction_of(self, grad: Tensor, total: Total | None) -> Tensor:
         """Return columns of unit norm."""
-        return [column_normalized(grad, dim=0) for grad in grads]
+        return column_normalized(grad, 0, total)
 
 
 register_state_full(NormalizedMomentum())

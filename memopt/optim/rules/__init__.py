@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from memopt.optim.rules.adamw import AdamW
 from memopt.optim.rules.base import (
-    Both,
     Hyper,
-    JointRule,
     Moment,
     StateFreeRule,
     StateFullRule,
+    WholeRule,
 )
 from memopt.optim.rules.free import ColumnNormalized, NoUpdate, Sgd, Sign
+from memopt.optim.rules.joint import Both, JointRule
 from memopt.optim.rules.lion import Lion
 from memopt.optim.rules.sgdm import Sgdm
 
@@ -63,6 +63,7 @@ __all__ = [
     "Moment",
     "StateFreeRule",
     "StateFullRule",
+    "WholeRule",
     "register_state_free",
     "register_state_full",
     "state_free_rule",

@@ -7,13 +7,14 @@ themselves: moments come in as tensors of the tile's size and are updated in pla
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from memopt.optim.parts import Cut
+# Sums a tensor over the ranks that have rows of the same parameter; takes part in a collective.
+Total = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,38 +63,6 @@ class StateFullRule(ABC):
         """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Both:
-    """A matrix with its subspace: what a `JointRule` sees, the longer side as rows.
-
-    `weight` is decayed and updated in place; `cut` gathers the gradient's coordinates, takes its
-    complement and puts an update of coordinates back; `moments` have the coordinates' shape;
-    `memory` holds one number a name, float32 of shape (1,); `step` counts updates since a reset.
-    """
-
-    weight: Tensor
-    grad: Tensor
-    cut: Cut
-    moments: list[Tensor]
-    memory: dict[str, Tensor]
-    step: int
-
-
-class JointRule(StateFullRule):
-    """A rule whose state-free update depends on the state-full one (Fira, APOLLO).
-
-    It replaces both rules where the selection is a subspace. Elsewhere (vectors) `update` is used,
-    and the group's state-free rule.
-    """
-
-    elementwise = False
-    memory: ClassVar[tuple[str, ...]] = ()  # numbers kept for every matrix, in its state
-
-    @abstractmethod
-    def update_both(self, both: Both, hyper: Hyper, free_lr: float) -> None:
-        """Update weight, moments and memory in place; `free_lr` is the state-free part's rate."""
-
-
 class StateFreeRule(ABC):
     """An update without memory: `w -= lr * direction(g)`."""
 
@@ -104,3 +73,20 @@ class StateFreeRule(ABC):
     @abstractmethod
     def direction(self, grads: list[Tensor]) -> list[Tensor] | None:
         """Return the direction of each tile (1-D tiles are vectors), or None for no update."""
+
+
+class WholeRule(StateFreeRule):
+    """A state-free rule that needs sums over rows, which may be on several ranks."""
+
+    elementwise = False
+
+    def direction(self, grads: list[Tensor]) -> list[Tensor] | None:
+        """Return the directions of parameters that are not sharded."""
+        return [self.direction_of(grad, None) for grad in grads]
+
+    @abstractmethod
+    def direction_of(self, grad: Tensor, total: Total | None) -> Tensor:
+        """Return the direction of a parameter, or of this rank's rows, which may be none.
+
+        `total` sums over the ranks; all of them must call it as often. None: nothing is sharded.
+        """

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memopt.ops.signs import sign
-from memopt.optim.rules.base import StateFreeRule
+from memopt.optim.rules.base import StateFreeRule, Total, WholeRule
 
 _NORM_FLOOR = (
     1e-8  # an all-zero column stays zero; no other norm of a training gradient is this small
@@ -46,18 +46,24 @@ class NoUpdate(StateFreeRule):
         return None
 
 
-def column_normalized(grad: Tensor, dim: int) -> Tensor:
-    """Divide by the Euclidean norm along `dim`; a vector by its own norm. Norms are float32."""
+def column_normalized(grad: Tensor, dim: int, total: Total | None = None) -> Tensor:
+    """Divide by the Euclidean norm along `dim`; a vector by its own norm. Norms are float32.
+
+    `total` is given where other ranks have rows of the same parameter: norms that run over rows
+    (dim 0, and a vector's) are then summed over them.
+    """
     dtype = torch.promote_types(grad.dtype, torch.float32)
-    if grad.dim() < 2:
-        norm = torch.linalg.vector_norm(grad, dtype=dtype)
-    else:
-        norm = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=dtype)
+    across = grad.dim() < 2 or dim == 0
+    norm = torch.linalg.vector_norm(
+        grad, dim=None if grad.dim() < 2 else dim, keepdim=True, dtype=dtype
+    )
+    if total is not None and across:
+        norm = total(norm.square()).sqrt()
     unit: Tensor = grad / norm.clamp_min(_NORM_FLOOR).to(grad.dtype)
     return unit
 
 
-class ColumnNormalized(StateFreeRule):
+class ColumnNormalized(WholeRule):
     """SCALE's normalisation (arXiv 2506.16659): `C(G)[:, j] = G[:, j] / ||G[:, j]||_2`.
 
     The paper writes a layer as (in, out) and normalises "along the output dimension": one norm for
@@ -66,8 +72,7 @@ class ColumnNormalized(StateFreeRule):
     """
 
     name = "column_normalized"
-    elementwise = False
 
-    def direction(self, grads: list[Tensor]) -> list[Tensor] | None:
+    def direction_of(self, grad: Tensor, total: Total | None) -> Tensor:
         """Return rows of unit norm."""
-        return [column_normalized(grad, dim=1) for grad in grads]
+        return column_normalized(grad, 1, total)
