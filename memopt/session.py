@@ -170,6 +170,16 @@ class Session:
             self._engine.close()
         finally:
             self._resources.close()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Hold neither model nor optimizer: whoever keeps a session for its report keeps no weights.
+
+        Nor in cycles, which would keep them until the collector comes by.
+        """
+        self._regions = []
+        self._observer = self._hooks = None
+        del self.model, self.optimizer, self._steps, self._guard
 
     def __enter__(self) -> Session:
         """Start."""

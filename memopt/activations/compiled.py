@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from torch.nn import Module
 
@@ -79,8 +80,9 @@ def _uses_cuda_graphs(module: Module) -> bool:
     if not is_compiled(module) or not any(p.is_cuda for p in module.parameters()):
         return False
     compiled = module._compiled_call_impl if is_compiled_in_place(module) else module
-    config = getattr(compiled, "get_compiler_config", dict)()  # Inductor's; other backends: None
-    return bool((config or {}).get("triton.cudagraphs"))
+    ask = getattr(compiled, "get_compiler_config", None)
+    config: Any = ask() if ask is not None else None  # Inductor's; other backends have none
+    return bool(config and config.get("triton.cudagraphs"))
 
 
 def _contains(outer: Module, inner: Module) -> bool:

@@ -112,9 +112,14 @@ class ActivationEngine:
             patch.remove()
 
     def close(self) -> None:
-        """Detach and close the transfers; what live graphs still need comes home first."""
+        """Detach and close the transfers; what live graphs still need comes home first.
+
+        Nothing of the model or of the session is held afterwards, but by live frames.
+        """
         self.detach()
+        self._patches.clear()
         self.time_regions(None)
+        self.observer = self.on_recompute = self.on_call = self.on_untouched = None
         self.closed = True
         try:
             for stored in list(self._moving):

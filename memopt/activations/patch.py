@@ -53,7 +53,8 @@ class PatchedForward:
         return self
 
     def remove(self) -> None:
-        """Leave the module's `__dict__` as it was."""
+        """Leave the module's `__dict__` as it was; whoever still holds this object runs the plain call."""
+        self._handler = _run_plain
         if self.module.__dict__.get(self.attribute) is not self:
             return
         if self.previous is _MISSING:
@@ -82,6 +83,10 @@ class PatchedForward:
         if self.previous is not _MISSING:
             return copy.copy, (self.previous,)
         return getattr, (self.module, "forward")
+
+
+def _run_plain(patch: PatchedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return patch.plain(*args, **kwargs)
 
 
 def _is_transformed() -> bool:

@@ -7,6 +7,7 @@ import functools
 import gc
 import threading
 import traceback
+import weakref
 
 import pytest
 import torch
@@ -18,12 +19,13 @@ from _bitwise import (
     plain_run,
     plan_for,
     run_memopt,
+    same_bits,
     some,
     spill_directory,
 )
 from _models import model_program
 from _traces import Traces
-from _traps import TRAPS, NativeDropout, Net, batch, simple_step
+from _traps import TRAPS, WIDTH, NativeDropout, Net, batch, simple_step
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -335,21 +337,46 @@ def test_stop_in_another_thread_is_refused_and_can_be_made_good():
         traces.check()
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_the_session_does_not_keep_the_model_alive(plan):
-    import weakref
-
+@pytest.mark.parametrize("num_steps", [0, 1, 3])
+@pytest.mark.parametrize("plan", [*PLANS, "auto"])
+def test_a_stopped_session_keeps_no_weights(plan, num_steps):
+    """Neither by a reference, though the session is kept for its report, nor in cycles that wait for the collector."""
     model = DROPOUT().train()
-    with (
-        spill_directory() as path,
-        started(model, path, plan=plan_for(DROPPING, plan), regions=["layers"]),
-    ):
-        simple_step(model, 0)
-        simple_step(model, 1)
-    alive = [weakref.ref(p) for p in model.parameters()]
-    del model
+    optimizer = torch.optim.AdamW(model.parameters())
     gc.collect()
-    assert not [r for r in alive if r() is not None]
+    gc.disable()
+    try:
+        with (
+            spill_directory() as path,
+            started(
+                model, path, optimizer=optimizer, plan=plan_for(DROPPING, plan), regions=["layers"]
+            ) as run,
+        ):
+            for i in range(num_steps):
+                simple_step(model, i)
+                optimizer.step()
+        alive = [weakref.ref(p) for p in model.parameters()]
+        alive += [weakref.ref(s["exp_avg"]) for s in optimizer.state.values()]
+        del model, optimizer
+        assert not [r for r in alive if r() is not None]
+    finally:
+        gc.enable()
+    assert run.report().to_dict()["measured"]
+    assert run.plan is not None
+    run.stop()
+
+
+def test_a_forward_taken_in_the_context_runs_plain_after_it():
+    model = DROPOUT().train()
+    with spill_directory() as path, started(model, path, plan="recompute", regions=["layers"]):
+        kept = model.forward, model.layers[0].forward
+        simple_step(model, 0)
+    x = torch.randn(5, WIDTH)
+    for forward, plain in zip(kept, (model, model.layers[0]), strict=True):
+        torch.manual_seed(0)
+        out = forward(x)
+        torch.manual_seed(0)
+        assert same_bits(out, plain(x))
 
 
 @pytest.mark.parametrize("placement", some("ssd", "mix-0"))
