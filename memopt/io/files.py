@@ -8,12 +8,16 @@ read of one block confirm. What cannot be aligned goes through a second, ordinar
 
 A spill file never has a name that outlives a crash: it is created with ``O_TMPFILE``, or where the file system lacks
 that, unlinked right after it was opened.
+
+No descriptor here is 0, 1 or 2. In a process that was started without standard streams (a daemon, ``>&-``) the next
+file opened would get one of these numbers, and what a C library prints would be written over the tensors in it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import struct
@@ -30,6 +34,7 @@ _STATX_MEM_ALIGN_AT = 0x98
 _DEFAULT_ALIGN = 4096
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _O_TMPFILE = getattr(os, "O_TMPFILE", 0)
+_FIRST_FD = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +111,7 @@ def create_unlinked(directory: str | os.PathLike[str], *, direct: bool = True) -
     where = os.fspath(directory)
     label = f"{where}/(unlinked spill file)"
     try:
-        fd = os.open(where, _O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fd = _open(where, _O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             raise
@@ -114,7 +119,7 @@ def create_unlinked(directory: str | os.PathLike[str], *, direct: bool = True) -
     if not direct or not _O_DIRECT:
         return _with_direct(label, fd, -1, "not asked for")
     try:
-        direct_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC | _O_DIRECT)
+        direct_fd = _open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC | _O_DIRECT)
     except OSError as error:
         if error.errno == errno.ENOENT:  # no /proc: only a name can be opened twice
             os.close(fd)
@@ -125,10 +130,11 @@ def create_unlinked(directory: str | os.PathLike[str], *, direct: bool = True) -
 
 def _create_named_then_unlink(where: str, label: str, *, direct: bool) -> IoFile:
     fd, path = tempfile.mkstemp(prefix=f".memopt-{os.getpid()}-", suffix=".spill", dir=where)
+    fd = _above_standard_streams(fd)
     direct_fd, reason = -1, "not asked for"
     try:
         if direct and _O_DIRECT:
-            direct_fd, reason = os.open(path, os.O_RDWR | os.O_CLOEXEC | _O_DIRECT), ""
+            direct_fd, reason = _open(path, os.O_RDWR | os.O_CLOEXEC | _O_DIRECT), ""
     except OSError as error:
         reason = f"O_DIRECT is refused: {error.strerror}"
     finally:
@@ -146,14 +152,28 @@ def open_file(
     """
     name = os.fspath(path)
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-    fd = os.open(name, flags, 0o644)
+    fd = _open(name, flags, 0o644)
     if not direct or not _O_DIRECT:
         return _with_direct(name, fd, -1, "not asked for")
     try:
-        direct_fd = os.open(name, (flags & ~os.O_CREAT) | _O_DIRECT)
+        direct_fd = _open(name, (flags & ~os.O_CREAT) | _O_DIRECT)
     except OSError as error:
         return _with_direct(name, fd, -1, f"O_DIRECT is refused: {error.strerror}")
     return _with_direct(name, fd, direct_fd, "")
+
+
+def _open(path: str, flags: int, mode: int = 0) -> int:
+    return _above_standard_streams(os.open(path, flags, mode))
+
+
+def _above_standard_streams(fd: int) -> int:
+    """Return a descriptor of the same file that is no standard stream's number."""
+    if fd >= _FIRST_FD:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FD)
+    finally:
+        os.close(fd)
 
 
 def _with_direct(path: str, fd: int, direct_fd: int, reason: str, *, probe: bool = False) -> IoFile:
