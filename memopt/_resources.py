@@ -41,6 +41,12 @@ _USABLE_SHARE = 0.95
 _MOST_STATES = 8
 """No optimizer in use keeps more than this many times the parameters' bytes."""
 
+TRIMS_HOST = False
+"""Whether host memory that only an earlier plan needed is unlocked beside the steps of the next one.
+
+Off: it costs no time while it is mapped, and how long a kernel waits while it leaves has not been measured on a device
+(tests/memory/test_pinned_gpu.py, test_trimming_beside_compute, measures it)."""
+
 
 class Resources:
     """Budget, meter and transfers of one session.
@@ -135,6 +141,8 @@ class Resources:
             if region.input == "host" and not region.plain:
                 sizes[inputs.get(region.name, 0)] += 1
         self.host.reserve(dict(sizes))
+        if TRIMS_HOST:
+            self.host.trim_beside(sizes)
 
     def cap_allocator(self) -> None:
         """Hold the caching allocator at the device budget."""

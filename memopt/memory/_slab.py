@@ -22,6 +22,7 @@ __all__ = ["PAGE_BYTES", "Slab"]
 
 PAGE_BYTES = mmap.PAGESIZE
 _MADV_POPULATE_WRITE = 23
+_DISCARD_BYTES = 64 << 20
 _libc: Any = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -63,6 +64,15 @@ class Slab:
                 f"faulting in {end - begin} bytes of host memory: {os.strerror(code)}"
             )
         ctypes.memset(self.address + begin, 0, end - begin)
+
+    def discard(self) -> None:
+        """Give the pages back to the system, without Python's lock; nobody may need their bytes.
+
+        Unmapping then has little left to do: Python holds its lock for that.
+        """
+        for begin in range(0, self.nbytes, _DISCARD_BYTES):
+            nbytes = min(_DISCARD_BYTES, self.nbytes - begin)
+            _libc.madvise(self.address + begin, nbytes, mmap.MADV_DONTNEED)
 
     def view(self, begin: int, nbytes: int) -> memoryview:
         """Return the writable bytes ``[begin, begin + nbytes)``; the view keeps the mapping alive."""

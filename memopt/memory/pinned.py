@@ -20,102 +20,26 @@ Where page-locking is refused (limits, cgroup, WSL) the CUDA error is cleared, t
 from __future__ import annotations
 
 import bisect
-import math
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from memopt.memory._buffer import HostBuffer, HostPoolFull, HostPoolStats
 from memopt.memory._builder import SlabBuilder, unlock
 from memopt.memory._cudart import Cudart, load_cudart
 from memopt.memory._slab import PAGE_BYTES, Slab
-from memopt.types.errors import MemoptError
+from memopt.memory._trimmer import SlabTrimmer, unneeded
 from memopt.types.free_list import FreeList
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["HostBuffer", "HostPool", "HostPoolFull", "HostPoolStats"]
-
-
-class HostPoolFull(MemoptError):  # noqa: N818 - the name says what is the matter
-    """The cap of a host pool, or the system, leaves no room for a buffer."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HostPoolStats:
-    """Bytes of a pool. ``asked`` is what callers wanted, ``in_use`` that in whole pages, ``mapped`` what slabs hold.
-
-    ``waste_bytes`` is what was mapped at the peak and never asked for at the same time. ``populate_s`` and ``lock_s``
-    add up the time of the threads that faulted pages in and registered them.
-    """
-
-    cap_bytes: int
-    mapped_bytes: int
-    locked_bytes: int
-    in_use_bytes: int
-    asked_bytes: int
-    peak_mapped_bytes: int
-    peak_in_use_bytes: int
-    peak_asked_bytes: int
-    waste_bytes: int
-    populate_s: float
-    lock_s: float
-    num_slabs: int
-    num_buffers: int
-    unlocked_reason: str
-
-
-class HostBuffer:
-    """``nbytes`` of page-aligned host memory on loan from a :class:`HostPool`; give it back with :meth:`release`."""
-
-    __slots__ = ("_base", "_pool", "_slab", "address", "memoryview", "nbytes")
-
-    def __init__(self, pool: HostPool, slab: Slab, base: int, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.address = slab.address + base - slab.base
-        self.memoryview = slab.view(base - slab.base, nbytes)
-        """The bytes, writable; it keeps the memory (not the registration) alive."""
-        self._pool: HostPool | None = pool
-        self._slab = slab
-        self._base = base
-
-    @property
-    def is_locked(self) -> bool:
-        """Whether the memory is page-locked, so that copies to and from the device are asynchronous."""
-        return self._slab.is_locked
-
-    def tensor(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        """Return a contiguous tensor over the first bytes of the buffer.
-
-        Raises:
-            ValueError: the tensor needs more than ``nbytes``.
-        """
-        needed = math.prod(shape) * dtype.itemsize
-        if needed > self.nbytes:
-            raise ValueError(
-                f"a tensor {tuple(shape)} of {dtype} needs {needed} bytes, the buffer has {self.nbytes}"
-            )
-        if needed == 0:
-            return torch.empty(tuple(shape), dtype=dtype)
-        flat = torch.frombuffer(self.memoryview, dtype=torch.uint8, count=needed)
-        return flat.view(dtype).view(tuple(shape))
-
-    def release(self, event: Any = None) -> None:
-        """Give the buffer back. It is handed out again when ``event`` (``query``, ``synchronize``) has passed.
-
-        Raises:
-            ValueError: it was given back before.
-        """
-        pool, self._pool = self._pool, None
-        if pool is None:
-            raise ValueError(f"this buffer of {self.nbytes} bytes was released before")
-        pool._give_back(self, event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +103,7 @@ class HostPool:
             index = torch.cuda.current_device() if torch.cuda.is_available() else 0
             self._cudart, reason = load_cudart(index)
         self._builder = SlabBuilder(num_threads, self._cudart, reason)
+        self._trimmer = SlabTrimmer(self._cudart, self._slab_is_gone)
         self._finalizer = weakref.finalize(
             self, _unlock_all, self._slabs, self._cudart, os.getpid()
         )
@@ -222,11 +147,15 @@ class HostPool:
                         return None
                     self._changed.wait()
                     self._raise_error()
+                elif self._call_back():
+                    continue
                 elif self._make_room(size):
                     room = self.cap_bytes - self._mapped
                     self._build(
                         [size if size >= self._growth_bytes else min(self._growth_bytes, room)]
                     )
+                elif self._trimmer.is_busy and wait:
+                    self._changed.wait()
                 elif self._cooling and wait_events:
                     self._wait_for(self._cooling[0])
                 else:
@@ -243,6 +172,7 @@ class HostPool:
         with self._changed:
             if self._closed:
                 raise ValueError("the host pool is closed")
+            self._call_back()
             bins, left_out = self._pack(blocks)
             self._build(bins)
         return left_out
@@ -251,10 +181,31 @@ class HostPool:
         """Free every slab that no buffer uses; return the bytes that this gives back."""
         with self._changed:
             self._reap()
-            idle = [s for s in self._slabs if self._free.hole_at(s.base) == s.nbytes]
+            self._call_back()
+            idle = [s for s in self._slabs if self._is_idle(s)]
             for slab in idle:
                 self._drop(slab)
         return sum(slab.nbytes for slab in idle)
+
+    def trim_beside(self, sizes: Mapping[int, int]) -> int:
+        """Free, in the background, idle slabs that ``sizes[nbytes]`` buffers of each size do not need.
+
+        They are not handed out any more, but count as mapped until they are gone; a buffer that finds no other room
+        calls back those whose turn has not come. Returns their bytes.
+        """
+        blocks = [_whole_pages(n) for n, count in sizes.items() for _ in range(count) if n]
+        with self._changed:
+            if self._closed:
+                raise ValueError("the host pool is closed")
+            self._reap()
+            idle = [s for s in self._slabs if self._is_idle(s)]
+            busy = [s for s in (*self._slabs, *self._building) if s not in idle]
+            leaving = unneeded(busy, idle, blocks, self._chunk_bytes)
+            for slab in leaving:
+                self._free.take_hole(slab.base)
+                self._slabs.remove(slab)
+            self._trimmer.start(leaving)
+        return sum(slab.nbytes for slab in leaving)
 
     @property
     def is_locking(self) -> bool:
@@ -280,7 +231,8 @@ class HostPool:
             return HostPoolStats(
                 cap_bytes=self.cap_bytes,
                 mapped_bytes=self._mapped,
-                locked_bytes=sum(slab.nbytes for slab in self._slabs if slab.is_locked),
+                locked_bytes=sum(slab.nbytes for slab in self._slabs if slab.is_locked)
+                + self._trimmer.locked_bytes,
                 in_use_bytes=self._in_use,
                 asked_bytes=self._asked,
                 peak_mapped_bytes=self._peak_mapped,
@@ -292,6 +244,7 @@ class HostPool:
                 num_slabs=len(self._slabs),
                 num_buffers=self._num_buffers,
                 unlocked_reason=self._builder.unlocked_reason,
+                trims=self._trimmer.trims,
             )
 
     def close(self) -> None:
@@ -299,13 +252,15 @@ class HostPool:
         with self._changed:
             if self._closed:
                 return
-            while self._building:
+            self._call_back()
+            while self._building or self._trimmer.is_busy:
                 self._changed.wait()
             self._closed = True
             cooling, self._cooling = self._cooling, []
         for block in cooling:
             block.event.synchronize()
         self._builder.stop()
+        self._trimmer.stop()
         with self._changed:
             self._mapped = 0
             self._finalizer()
@@ -387,7 +342,7 @@ class HostPool:
     def _make_room(self, size: int) -> bool:
         """Free wholly idle slabs, the largest first, until ``size`` fits under the cap."""
         idle = sorted(
-            (slab for slab in self._slabs if self._free.hole_at(slab.base) == slab.nbytes),
+            (slab for slab in self._slabs if self._is_idle(slab)),
             key=lambda slab: slab.nbytes,
         )
         if self.cap_bytes - self._mapped + sum(slab.nbytes for slab in idle) < size:
@@ -418,11 +373,30 @@ class HostPool:
             self._building.append(slab)
             self._builder.start(slab, self._slab_is_built)
 
+    def _is_idle(self, slab: Slab) -> bool:
+        return self._free.hole_at(slab.base) == slab.nbytes
+
+    def _call_back(self) -> bool:
+        """Take slabs back that wait for their trimming; return whether there were any."""
+        slabs = self._trimmer.call_back()
+        for slab in slabs:
+            self._add(slab)
+        return bool(slabs)
+
+    def _add(self, slab: Slab) -> None:
+        bisect.insort(self._slabs, slab, key=lambda slab: slab.base)
+        self._free.add(slab.base, slab.nbytes)
+
+    def _slab_is_gone(self, slab: Slab) -> None:
+        with self._changed:
+            self._mapped -= slab.nbytes
+            self._trimmer.is_busy = False
+            self._changed.notify_all()
+
     def _slab_is_built(self, slab: Slab, error: BaseException | None) -> None:
         with self._changed:
             if error is None:
-                bisect.insort(self._slabs, slab, key=lambda slab: slab.base)
-                self._free.add(slab.base, slab.nbytes)
+                self._add(slab)
             else:
                 self._error = self._error or error
                 self._mapped -= slab.nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -92,3 +93,42 @@ def test_a_real_refusal_is_cleared():
         torch.empty(1, device="cuda").fill_(1)
         torch.cuda.synchronize()
         assert buffer.tensor(torch.uint8, (16 * MIB,)).is_pinned()
+
+
+def _kernel_gaps_s(until) -> list[float]:
+    """Run kernels of about a millisecond back to back until told; return the gaps between them, sorted."""
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    marks = []
+    torch.cuda.synchronize()
+    while not until() or len(marks) < 200:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(5):
+            b = a @ a
+        end.record()
+        marks.append((begin, end))
+        if len(marks) > 20:
+            marks[-20][1].synchronize()  # the queue stays as deep as a training loop's
+    torch.cuda.synchronize()
+    assert b.shape == a.shape
+    return sorted(x[1].elapsed_time(y[0]) / 1e3 for x, y in itertools.pairwise(marks))
+
+
+def test_trimming_beside_compute(capsys):
+    """16 slabs of 256 MiB leave while kernels run: what is the longest gap between two of them?"""
+    limit = time.perf_counter() + 2.0
+    before = _kernel_gaps_s(lambda: time.perf_counter() > limit)
+    with HostPool(5 << 30, True) as pool:
+        pool.reserve({256 * MIB: 17})
+        pool.settle()
+        assert pool.trim_beside({}) == 16 * 256 * MIB
+        during = _kernel_gaps_s(lambda: pool.stats().trims.num_slabs == 16)
+        stats = pool.stats()
+    with capsys.disabled():
+        print(
+            f"\ntrimming 16 x 256 MiB: longest gap {1e3 * during[-1]:.2f} ms (without: {1e3 * before[-1]:.2f}), "
+            f"all gaps above 1 ms {1e3 * sum(g for g in during if g > 1e-3):.1f} ms (without: "
+            f"{1e3 * sum(g for g in before if g > 1e-3):.1f}); {stats.trims}"
+        )
+    assert stats.mapped_bytes == stats.locked_bytes == 256 * MIB
+    assert during[-1] < 0.2, "one slab held the program's kernels up longer than registering one does"
