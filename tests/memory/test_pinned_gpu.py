@@ -131,4 +131,6 @@ def test_trimming_beside_compute(capsys):
             f"{1e3 * sum(g for g in before if g > 1e-3):.1f}); {stats.trims}"
         )
     assert stats.mapped_bytes == stats.locked_bytes == 256 * MIB
-    assert during[-1] < 0.2, "one slab held the program's kernels up longer than registering one does"
+    assert during[-1] < 0.2, (
+        "one slab held the program's kernels up longer than registering one does"
+    )
