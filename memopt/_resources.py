@@ -23,7 +23,7 @@ from memopt.io import Engine, ExtentStore, open_engine
 from memopt.memory._slab import PAGE_BYTES
 from memopt.memory.accounting import AccountedMemory
 from memopt.memory.host import host_facts, reset_peak_resident, resolve_budget
-from memopt.memory.link import PROBE_BYTES, measure_hardware
+from memopt.memory.link import measure_hardware
 from memopt.memory.malloc import HeapTrimmer
 from memopt.memory.meter import CpuMeter, CudaMeter, Meter
 from memopt.memory.pinned import HostPool
@@ -118,9 +118,7 @@ class Resources:
     def _measure(self, *, with_ssd: bool) -> Hardware:
         if self.io is None or not with_ssd:
             return measure_hardware(self.device, self.host, None)
-        probed = [(d.path, min(PROBE_BYTES, d.size_bytes)) for d in self.budget.ssd]
-        with ExtentStore(probed, self.io[0]) as store:
-            return measure_hardware(self.device, self.host, store)
+        return measure_hardware(self.device, self.host, self.io[1])
 
     @property
     def is_locking(self) -> bool:
@@ -181,12 +179,14 @@ class Resources:
         try:
             self.transfers.close()
         finally:
-            if self.io is not None:
-                self.io[0].close()
-            if self.accounted is not None:
-                self.accounted.__exit__(None, None, None)
-            if self._trimmer is not None:
-                self._trimmer.stop()
+            try:
+                if self.io is not None:
+                    self.io[0].close()
+            finally:  # a failed write that nobody waited for must not leave the mode on the stack
+                if self.accounted is not None:
+                    self.accounted.__exit__(None, None, None)
+                if self._trimmer is not None:
+                    self._trimmer.stop()
 
 
 def open_resources(
@@ -208,7 +208,11 @@ def open_resources(
         engine = open_engine(io_engine, directory=budget.ssd[0].path)
         if engine.reason:
             notes.append(f"I/O engine {engine.name}: {engine.reason}")
-        io = engine, ExtentStore([(d.path, d.size_bytes) for d in budget.ssd], engine)
+        try:
+            io = engine, ExtentStore([(d.path, d.size_bytes) for d in budget.ssd], engine)
+        except BaseException:
+            engine.close()
+            raise
     elif io_engine != "auto":
         notes.append(f"engine={io_engine!r} has no effect: the budget names no SSD directory")
     accounted = None

@@ -103,8 +103,8 @@ class ExtentStore:
         """The open files, one per directory, in the order given."""
         return tuple(area.file for area in self._areas)
 
-    def alloc(self, nbytes: int) -> Extent:
-        """Return space for ``nbytes`` bytes, reserved on disk.
+    def alloc(self, nbytes: int, *, counted: bool = True) -> Extent:
+        """Return space for ``nbytes`` bytes, reserved on disk; ``counted``: in ``peak_bytes`` too.
 
         Raises:
             ValueError: ``nbytes`` is negative, or the store is closed.
@@ -121,7 +121,8 @@ class ExtentStore:
                 raise self._full(nbytes, available)
             extent = Extent(nbytes=nbytes, runs=tuple(self._take(need)))
             self._live.add(extent)
-            self._peak_bytes = max(self._peak_bytes, self._in_use_bytes())
+            if counted:
+                self._peak_bytes = max(self._peak_bytes, self._in_use_bytes())
             return extent
 
     def free(self, extent: Extent) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from typing import Any
@@ -15,6 +16,7 @@ from memopt.types.hardware import Hardware
 _LINK_BYTES = 64 << 20
 PROBE_BYTES = 32 << 20
 """Written and read once to rate the spill directories."""
+_ASSUMED_RATE = 1e9
 
 
 def measure_hardware(device: torch.device, host: HostPool | None, store: Any) -> Hardware:
@@ -23,11 +25,16 @@ def measure_hardware(device: torch.device, host: HostPool | None, store: Any) ->
     Args:
         device: the session's device.
         host: page-locked blocks, or None on CPU.
-        store: an extent store (`alloc`, `write`, `read`, `free`), or None.
+        store: the session's own extent store (what is measured with counts against its budget), or None.
     """
-    write_rate, read_rate = _disk_rates(store) if store is not None else (0.0, 0.0)
+    write_rate = read_rate = 0.0
     d2h = h2d = 0.0
     source = "measured"
+    if store is not None:
+        rates = _disk_rates(store)
+        if rates is None:
+            source = "assumed 1 GB/s of SSD: the ssd budget leaves no room to measure it"
+        write_rate, read_rate = rates or (_ASSUMED_RATE, _ASSUMED_RATE)
     if device.type == "cuda":
         buffer = host.try_take(_LINK_BYTES) if host is not None else None
         if buffer is None:
@@ -50,12 +57,15 @@ def measure_hardware(device: torch.device, host: HostPool | None, store: Any) ->
     )
 
 
-def _disk_rates(store: Any) -> tuple[float, float]:
-    nbytes = min(PROBE_BYTES, store.stats().budget_bytes)
+def _disk_rates(store: Any) -> tuple[float, float] | None:
+    """Write and read one extent of what the budget and the disk have left, None where that is nothing."""
+    extent = _probe_extent(store)
+    if extent is None:
+        return None
+    nbytes = extent.nbytes
     with HostPool(PROBE_BYTES, register=False) as pool:
         buffer = pool.take(nbytes)
         buffer.memoryview[:] = os.urandom(nbytes)
-        extent = store.alloc(nbytes)
         try:
             begin = time.perf_counter()
             store.write(extent, buffer.memoryview).wait()
@@ -66,3 +76,15 @@ def _disk_rates(store: Any) -> tuple[float, float]:
             store.free(extent)
             buffer.release()
     return nbytes / (middle - begin), nbytes / (end - middle)
+
+
+def _probe_extent(store: Any) -> Any | None:
+    nbytes = min(PROBE_BYTES, store.stats().budget_bytes)
+    while nbytes >= store.unit_bytes:
+        try:
+            return store.alloc(nbytes, counted=False)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            nbytes //= 2
+    return None
