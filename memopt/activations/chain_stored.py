@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memopt.activations.cuda import Landing
 from memopt.activations.tensors import flat_elements, nbytes_of, shared_alias
-from memopt.io import ExtentStoreFull, RawBuffer
+from memopt.io import RawBuffer
 from memopt.memory.pinned import HostBuffer
 
 if TYPE_CHECKING:
@@ -53,9 +53,8 @@ class ChainStored:
         assert area is not None
         assert chain is not None
         nbytes = nbytes_of(tensor)
-        try:
-            extent = area.store.alloc(nbytes)
-        except ExtentStoreFull:
+        extent = area.alloc(nbytes)
+        if extent is None:
             return None
         try:
             buffer = area.stage(min(nbytes, chain.piece_bytes))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from memopt.activations.stored import Label, Stored
 from memopt.activations.tensors import flat_elements, nbytes_of
-from memopt.io import ExtentStore, ExtentStoreFull, RawBuffer
+from memopt.io import DiskFull, ExtentStore, ExtentStoreFull, RawBuffer
 from memopt.memory.pinned import HostBuffer, HostPool
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class SpillArea:
     def __init__(self, store: ExtentStore, staging: HostPool) -> None:
         self.store = store
         self.staging = staging
+        self.full = ""
+        """What was full when `alloc` last found no room."""
         self._writing: deque[StagedWrite] = deque()
         self._waiter: ThreadPoolExecutor | None = None
         self._dropped: deque[tuple[Any, HostBuffer | None, Any | None]] = deque()
@@ -59,7 +62,7 @@ class SpillArea:
 
     def claim(self, nbytes: int) -> tuple[Any, HostBuffer] | None:
         """Return an extent and a staging buffer for one tensor's way out; None without room for both."""
-        extent = self._alloc(nbytes)
+        extent = self.alloc(nbytes)
         if extent is None:
             return None
         buffer = None
@@ -70,14 +73,19 @@ class SpillArea:
                 self.store.free(extent)
         return None if buffer is None else (extent, buffer)
 
-    def _alloc(self, nbytes: int) -> Any | None:
-        """Return an extent, waiting for those that are about to come back; None without room."""
+    def alloc(self, nbytes: int) -> Any | None:
+        """Return an extent, waiting for those that are about to come back; None without room (see `full`)."""
         self._sweep(wait=False)
         while True:
             try:
                 return self.store.alloc(nbytes)
-            except ExtentStoreFull:
+            except ExtentStoreFull as error:
                 if not self._sweep(wait=True):
+                    self.full = (
+                        f"the disk was full ({os.strerror(error.errno or 0)}: {error.filename})"
+                        if isinstance(error, DiskFull)
+                        else "the ssd budget was full"
+                    )
                     return None
 
     def begin_write(self, extent: Any, buffer: HostBuffer) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from memopt.io.areas import DiskFull
 from memopt.io.buffers import Buffer, RawBuffer
 from memopt.io.engine import Engine, EngineName, EngineStats, Ticket, open_engine
 from memopt.io.extents import Extent, ExtentStats, ExtentStore, ExtentStoreFull
@@ -10,6 +11,7 @@ from memopt.io.pieces import Transfer, TransferError
 
 __all__ = [
     "Buffer",
+    "DiskFull",
     "Engine",
     "EngineName",
     "EngineStats",

@@ -10,13 +10,17 @@ from dataclasses import dataclass, field
 from memopt.io.files import IoFile, create_unlinked
 from memopt.types.free_list import FreeList
 
-__all__ = ["Area", "ExtentStoreFull", "open_area"]
+__all__ = ["Area", "DiskFull", "ExtentStoreFull", "open_area"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ExtentStoreFull(OSError):  # noqa: N818 - the name says what is the matter
     """No space for an extent: the budget is used up, or the disk has less than the budget promised (errno ENOSPC)."""
+
+
+class DiskFull(ExtentStoreFull):
+    """The disk has less than the budget promised: somebody else took it."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -37,7 +41,7 @@ class Area:
         """Take ``nbytes``, in one piece while the file may grow, else in as few holes as there are.
 
         Raises:
-            ExtentStoreFull: the disk refuses the growth that is needed; nothing was taken.
+            DiskFull: the disk refuses the growth that is needed; nothing was taken.
         """
         assert nbytes <= self.available_bytes, (nbytes, self.available_bytes)
         start = self.free.take(nbytes)
@@ -85,7 +89,7 @@ class Area:
             f"{error.strerror}: reserving {nbytes} bytes at offset {self.reserved_bytes} of a spill file that may grow "
             f"to {self.budget_bytes} bytes; no data was lost. Free space in this directory or lower the ssd budget"
         )
-        kind = ExtentStoreFull if error.errno in _FULL else OSError
+        kind = DiskFull if error.errno in _FULL else OSError
         return kind(error.errno, text, self.file.path)
 
 
