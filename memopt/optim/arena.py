@@ -57,7 +57,7 @@ class Arena:
         for moment in moments:
             if quantized:
                 codes = torch.zeros(capacity, dtype=torch.uint8, device=device)
-                scales = torch.zeros(q8.num_blocks(capacity), device=device)
+                scales = torch.zeros(q8.num_blocks(capacity), dtype=torch.float32, device=device)
                 self.arrays[moment.name] = codes
                 self.arrays[moment.name + SCALE_SUFFIX] = scales
             else:

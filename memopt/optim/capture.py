@@ -28,10 +28,10 @@ class DeviceClock:
     """
 
     def __init__(self, num_tensors: int, device: torch.device) -> None:
-        self.lr = torch.zeros(1, device=device)
-        self.steps = torch.zeros(num_tensors, device=device)
+        self.lr = torch.zeros(1, dtype=torch.float32, device=device)
+        self.steps = torch.zeros(num_tensors, dtype=torch.float32, device=device)
         self.calls = torch.zeros(1, dtype=torch.int64, device=device)
-        self.scalars = torch.zeros(4 + 2 * num_tensors, device=device)
+        self.scalars = torch.zeros(4 + 2 * num_tensors, dtype=torch.float32, device=device)
 
     def set(self, lr: float | Tensor, steps: Sequence[int], calls: int) -> None:
         """Write what the next step shall start from: `steps` completed updates of each parameter."""

@@ -33,21 +33,49 @@ def load(optimizer: Frugal, state_dict: Mapping[str, Any]) -> None:
             f"the state has parameter groups of sizes {[len(g['params']) for g in saved_groups]},"
             f" this optimizer {[len(g['params']) for g in groups]}: build it with the same groups"
         )
+    before = [dict(group) for group in groups], dict(optimizer.state), optimizer._groups
+    try:
+        _take(optimizer, loaded["state"], saved_groups)
+    except BaseException:  # as if nothing had been loaded
+        for group, kept in zip(groups, before[0], strict=True):
+            group.clear()
+            group.update(kept)
+        optimizer.state.clear()
+        optimizer.state.update(before[1])
+        optimizer._groups = before[2]
+        raise
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def _take(
+    optimizer: Frugal, states: Mapping[Any, Any], saved_groups: Sequence[Mapping[str, Any]]
+) -> None:
     by_id: dict[Any, Tensor] = {}
-    for group, saved in zip(groups, saved_groups, strict=True):
+    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         by_id.update(zip(saved["params"], group["params"], strict=True))
         missing = sorted(group.keys() - saved.keys() - {"param_names"})
         if missing:
             raise ValueError(f"the state is not one of Frugal: its groups lack {missing}")
         group.update({k: v for k, v in saved.items() if k != "params"})
+        if "param_names" in group and "param_names" not in saved:
+            # The choice of every round follows from the names: those that the saved run went by.
+            group["param_names"] = position_names(group)
     optimizer.state.clear()
     optimizer._groups = {}
-    for key, values in loaded["state"].items():
+    for key, values in states.items():
+        if not isinstance(key, Tensor) and key not in by_id:
+            raise ValueError(
+                f"the state has values of parameter {key!r}, which is in none of its groups"
+            )
         param = by_id[key] if not isinstance(key, Tensor) else key
         optimizer.state[param] = {k: _placed(v, param) for k, v in values.items()}
     rebuild_groups(optimizer)
-    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        post_hook(optimizer)
+
+
+def position_names(group: Mapping[str, Any]) -> list[str]:
+    """Return the names of a group's parameters that have none: "group.position"."""
+    return [f"{group['number']}.{i}" for i in range(len(group["params"]))]
 
 
 def _placed(value: Any, param: Tensor) -> Any:

@@ -31,10 +31,11 @@ def update_params(state: GroupState, params: Sequence[Tensor], impl: str) -> Non
     rules = state_full_rule(settings.state_full), state_free_rule(settings.state_free)
     capturing = is_capturing()
     for bucket, indices in state.by_bucket(params):
+        _refuse_moved(bucket, indices)
+        state.choose_bases(bucket, indices, settings)
         if not capturing:  # the host's counters are those of `begin_step` then
             for i in indices:
                 bucket.shown[i][STEP] += 1
-        state.choose_bases(bucket, indices, settings)
         reason = why_not_native(bucket, settings, rules) if impl in ("auto", "native") else impl
         if reason and (impl == "native" or settings.capturable):
             raise NativeUnavailable(
@@ -44,6 +45,18 @@ def update_params(state: GroupState, params: Sequence[Tensor], impl: str) -> Non
             _update_in_torch(state, bucket, indices, rules, settings, impl)
         else:
             _update_natively(state, bucket, indices, rules, settings)
+
+
+def _refuse_moved(bucket: Bucket, indices: Sequence[int]) -> None:
+    """Refuse weights that were cast or moved (`model.to(...)`) after their state was made."""
+    for i in indices:
+        local = local_part(bucket.entries[i].param)
+        if local.dtype != bucket.dtype or local.device != bucket.device:
+            raise ValueError(
+                f"{bucket.entries[i].name!r} is {local.dtype} on {local.device}, its state was made for"
+                f" {bucket.dtype} on {bucket.device}: cast and move the model before the first step;"
+                " after a move, optimizer.load_state_dict(optimizer.state_dict()) brings the state along"
+            )
 
 
 def why_not_native(

@@ -15,11 +15,14 @@ The two scales are independent (the paper's code multiplies them: its free one i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from memopt.optim import checkpoint
@@ -125,8 +128,10 @@ class Frugal(Optimizer):
             if group["arena_density"] is None:
                 group["arena_density"] = group["density"]
             settings = Settings.of(group)
+            settings.check_lr()
             state_full_rule(settings.state_full)
             state_free_rule(settings.state_free)
+            _check_once(group)
             for param in group["params"]:
                 _check_param(param, settings)
         except ValueError:
@@ -142,7 +147,7 @@ class Frugal(Optimizer):
         params = group["params"]
         names = group.get("param_names") or []
         if len(names) != len(params):
-            names = [f"{group['number']}.{i}" for i in range(len(params))]
+            names = checkpoint.position_names(group)
         return dict(zip(params, names, strict=True))
 
     def _group_state(self, group: dict[str, Any], present: list[Tensor]) -> GroupState:
@@ -165,9 +170,16 @@ class Frugal(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update all parameters that have a gradient and were not stepped partially; end the call."""
+        """Update all parameters that have a gradient and were not stepped partially; end the call.
+
+        Inside a compiled function it runs as it is.
+        """
+        return self._step(closure)
+
+    @_disable_dynamo  # as torch.optim does it: imports nothing before the first call
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -181,6 +193,7 @@ class Frugal(Optimizer):
                 found.end_call()
         return loss
 
+    @_disable_dynamo
     @torch.no_grad()
     def step_partial(self, params: Iterable[Tensor]) -> None:
         """Update some parameters now, as part of the step that the next `step()` ends.
@@ -216,14 +229,13 @@ class Frugal(Optimizer):
             return
         for param in params:
             _check_grad(param)
-        state = self._group_state(group, params)
-        if is_capturing():
-            if not group["capturable"]:
+        with _full_precision(params[0]):
+            state = self._group_state(group, params)
+            if not is_capturing():
+                state.begin_call()
+            elif not group["capturable"]:
                 raise RuntimeError("a step is being captured: build Frugal with capturable=True")
             update_params(state, params, self._impl)
-            return
-        state.begin_call()
-        update_params(state, params, self._impl)
 
     @torch.no_grad()
     def begin_step(self) -> None:
@@ -294,14 +306,17 @@ class Frugal(Optimizer):
         Raises:
             RuntimeError: between `step_partial` and the `step()` that ends the call.
         """
-        if any(found.open for found in self._groups.values()):
-            raise RuntimeError("a partial step is open: call step() before state_dict()")
+        self._refuse_open("state_dict()")
         if self._probed and not self._groups:
             for group in self.param_groups:
                 self._group_state(group, [p for p in group["params"] if p.requires_grad])
         state_dict = super().state_dict()
         self._show_shards(state_dict["state"])
         return state_dict
+
+    def _refuse_open(self, what: str) -> None:
+        if any(found.open for found in self._groups.values()):
+            raise RuntimeError(f"a partial step is open: call step() before {what}")
 
     def _show_shards(self, shown: dict[Any, dict[str, Any]]) -> None:
         number = 0
@@ -317,12 +332,34 @@ class Frugal(Optimizer):
         checkpoint.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_open("copying or pickling it")
         return {**super().__getstate__(), "_impl": self._impl, "_probed": self._probed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._groups = {}
         checkpoint.rebuild_groups(self)
+
+
+@contextmanager
+def _full_precision(param: Tensor) -> Iterator[None]:
+    """Leave autocast, which would do the projections of a step in low precision."""
+    with ExitStack() as left:
+        for kind in {"cpu", "cuda", local_part(param).device.type}:
+            if torch.is_autocast_enabled(kind):
+                left.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _check_once(group: dict[str, Any]) -> None:
+    if len(set(group["params"])) < len(group["params"]):
+        counts = Counter(group["params"])
+        twice = next(i for i, param in enumerate(group["params"]) if counts[param] > 1)
+        name = group["param_names"][twice] if group.get("param_names") else twice
+        raise ValueError(
+            f"parameter {name!r} is in the group {counts[group['params'][twice]]} times and would be"
+            " stepped as often: list tied weights once, as model.parameters() does"
+        )
 
 
 def _check_param(param: Tensor, settings: Settings) -> None:

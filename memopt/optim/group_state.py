@@ -19,7 +19,7 @@ from torch import Tensor
 
 from memopt.optim.bucket import BASIS, BASIS_ROUND, COMPENSATION, Bucket, Entry, make_entry
 from memopt.optim.rules import JointRule, state_full_rule
-from memopt.optim.settings import Settings
+from memopt.optim.settings import FIXED, Settings
 from memopt.optim.sharding import check_shards, fit_slice
 from memopt.optim.tensors import local_part
 
@@ -66,6 +66,7 @@ class GroupState:
         self._warn_of_one_flat_tensor(settings)
         self.home = {e.param: (b, i) for b in self.buckets for i, e in enumerate(b.entries)}
         self.stepped: set[Tensor] = set()
+        self._fixed = {name: group[name] for name in FIXED}
         self._last: tuple[tuple[int, ...], list[tuple[Bucket, list[int]]]] = ((), [])
         self.open = False
         self._publish()
@@ -102,28 +103,33 @@ class GroupState:
         self._shown: dict[Tensor, tuple[dict[str, Any], dict[str, tuple[Tensor, int]]]] = {}
         for bucket in self.buckets:
             for i, entry in enumerate(bucket.entries):
-                shown = self.state[entry.param]
-                shown.setdefault(STEP, 0)
-                if bucket.bases[i] is not None:
-                    bucket.basis_rounds[i] = int(shown.setdefault(BASIS_ROUND, -1))
-                local = local_part(entry.param)
-                if self._needs_compensation(local) and COMPENSATION not in shown:
-                    shown[COMPENSATION] = torch.zeros_like(
-                        local, memory_format=torch.contiguous_format
-                    )
-                for name in self.memory_names(entry):
-                    shown.setdefault(name, torch.zeros(1, device=local.device))
-                views = self._views(bucket, i)
+                shown, views = self.state[entry.param], self._views(bucket, i)
+                numbers = {STEP: 0} if bucket.bases[i] is None else {STEP: 0, BASIS_ROUND: -1}
+                shapes = self._shapes(entry)
+                if shown:
+                    _check_whole(entry, shown, [*numbers, *views], shapes)
+                shown.update({name: shown.get(name, value) for name, value in numbers.items()})
+                if BASIS_ROUND in numbers:
+                    bucket.basis_rounds[i] = int(shown[BASIS_ROUND])
+                for name, (shape, dtype) in shapes.items():
+                    if name not in shown:
+                        shown[name] = torch.zeros(shape, dtype=dtype, device=bucket.device)
                 self._take_over(entry, shown, views)
                 self._remember(bucket, i, shown, views)
+
+    def _shapes(self, entry: Entry) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Return the tensors of a parameter's state that do not lie in the arena."""
+        shapes, local = {}, local_part(entry.param)
+        if self.group["rounding"] == "kahan" and local.dtype in (torch.bfloat16, torch.float16):
+            shapes[COMPENSATION] = local.shape, local.dtype
+        for name in self.memory_names(entry):
+            shapes[name] = torch.Size([1]), torch.float32
+        return shapes
 
     def memory_names(self, entry: Entry) -> tuple[str, ...]:
         """Return the names of the numbers that a joint rule keeps for a parameter."""
         rule = state_full_rule(self.group["state_full"])
         return rule.memory if isinstance(rule, JointRule) and entry.selection.low_rank else ()
-
-    def _needs_compensation(self, local: Tensor) -> bool:
-        return self.group["rounding"] == "kahan" and local.dtype in (torch.bfloat16, torch.float16)
 
     def _take_over(self, entry: Entry, shown: dict[str, Any], views: dict[str, Tensor]) -> None:
         for name, view in views.items():
@@ -133,8 +139,9 @@ class GroupState:
                 if found.shape != view.shape or found.dtype != view.dtype:
                     raise ValueError(
                         f"state {name!r} of {entry.name!r} is {found.dtype} {tuple(found.shape)},"
-                        f" this optimizer needs {view.dtype} {tuple(view.shape)}: load a state made"
-                        " with the same density, selection, state_full and quantize"
+                        f" this optimizer needs {view.dtype} {tuple(view.shape)}: load a state made for"
+                        " weights of the same dtype, with the same density, selection, state_full and"
+                        " quantize"
                     )
                 view.copy_(found)
             shown[name] = view
@@ -170,6 +177,7 @@ class GroupState:
         """Open a call: switch if it is due."""
         if self.open:
             return
+        self._refuse_changes()
         self.open = True
         self.move(None)
         self.refresh()
@@ -181,6 +189,14 @@ class GroupState:
         for bucket in self.buckets:
             if bucket.generation == 0:
                 bucket.restore(settings, group["round"], group["active_density"])
+
+    def _refuse_changes(self) -> None:
+        for name, value in self._fixed.items():
+            if self.group[name] != value:
+                raise ValueError(
+                    f"{name}={self.group[name]!r} was {value!r} when the group's state was made, which"
+                    " follows from it: set it back, or build a new optimizer"
+                )
 
     def _switch(self, settings: Settings) -> None:
         group, density = self.group, settings.current_density
@@ -257,6 +273,27 @@ class GroupState:
                 shown.update(views)
                 self._remember(bucket, i, shown, views)
             bucket.generation += 1
+
+
+def _check_whole(
+    entry: Entry,
+    shown: dict[str, Any],
+    names: Iterable[str],
+    shapes: dict[str, tuple[torch.Size, torch.dtype]],
+) -> None:
+    """Refuse a loaded state that is not all there: zeros instead would be another run, silently."""
+    missing = [name for name in (*names, *shapes) if name not in shown]
+    if missing:
+        raise ValueError(
+            f"the state of {entry.name!r} lacks {missing}: load all that state_dict() returned"
+        )
+    for name, (shape, dtype) in shapes.items():
+        found = shown[name]
+        if found.shape != shape or found.dtype != dtype:
+            raise ValueError(
+                f"state {name!r} of {entry.name!r} is {found.dtype} {tuple(found.shape)}, this"
+                f" optimizer needs {dtype} {tuple(shape)}: load a state made for the same weights"
+            )
 
 
 def _whole_grad(entry: Entry) -> Tensor | None:

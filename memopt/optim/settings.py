@@ -17,6 +17,11 @@ from memopt.optim.selections import selection_named, selection_names
 ORDERS = ("random", "ascending", "descending", "mirror")
 ON_SWITCH = ("reset", "project", "keep")
 ROUNDINGS = ("nearest", "stochastic", "kahan")
+# What the state's layout and the choice of every round follow from: the same from the first step on.
+FIXED = (
+    "split", "selection", "state_full", "quantize", "rounding", "arena_density", "seed", "order",
+    "complement",
+)  # fmt: skip
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -87,10 +92,6 @@ class Settings:
             )
 
     def _check_numbers(self) -> None:
-        if not isinstance(self.lr, torch.Tensor):
-            _at_least("lr", self.lr, 0.0)
-        elif self.lr.numel() != 1:
-            raise ValueError(f"lr is a tensor of {self.lr.numel()} numbers; it must hold one")
         _at_least("eps", self.eps, 0.0)
         _at_least("weight_decay", self.weight_decay, 0.0)
         _at_least("state_full_lr_scale", self.state_full_lr_scale, 0.0)
@@ -108,6 +109,13 @@ class Settings:
             )
         if self.update_gap != int(self.update_gap) or self.update_gap < 1:
             raise ValueError(f"update_gap={self.update_gap!r} must be a whole number of at least 1")
+
+    def check_lr(self) -> None:
+        """Refuse a learning rate that a user gives; a scheduler's may miss 0 by its rounding."""
+        if not isinstance(self.lr, torch.Tensor):
+            _at_least("lr", self.lr, 0.0)
+        elif self.lr.numel() != 1:
+            raise ValueError(f"lr is a tensor of {self.lr.numel()} numbers; it must hold one")
 
     @property
     def low_rank(self) -> bool:

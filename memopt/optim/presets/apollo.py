@@ -45,7 +45,9 @@ class GaussianProjection(LowRank):
         """Draw from a generator of our own."""
         generator = torch.Generator(device=choice.device)
         generator.manual_seed(choice.key & (2**63 - 1))
-        draw: Tensor = torch.randn(rank, size, generator=generator, device=choice.device)
+        draw: Tensor = torch.randn(
+            rank, size, generator=generator, dtype=torch.float32, device=choice.device
+        )
         return draw.div_(rank**0.5)
 
     def describe(self) -> str:

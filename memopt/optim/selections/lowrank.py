@@ -121,7 +121,13 @@ class SingularBasis(LowRank):
         """
         assert grad is not None
         wide = grad.float().double()
-        _, vectors = torch.linalg.eigh(wide.T @ wide)  # ascending
+        try:
+            _, vectors = torch.linalg.eigh(wide.T @ wide)  # ascending
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"selection='svd' cannot choose a subspace for {choice.name!r}: its gradient has NaN or"
+                " infinite elements; skip such a step (GradScaler does)"
+            ) from error
         basis: Tensor = vectors[:, size - rank :].flip(1).T.float().contiguous()
         return basis
 
@@ -139,7 +145,9 @@ class RandomBasis(LowRank):
         """Draw from a generator of our own, on the parameter's device."""
         generator = torch.Generator(device=choice.device)
         generator.manual_seed(choice.key & (2**63 - 1))
-        draw = torch.randn(size, rank, generator=generator, device=choice.device)
+        draw = torch.randn(
+            size, rank, generator=generator, dtype=torch.float32, device=choice.device
+        )
         basis: Tensor = torch.linalg.qr(draw).Q.T.contiguous()
         return basis
 
