@@ -71,20 +71,23 @@ class StreamCalls(Protocol):
 
 
 class CudaEvent:
-    """A CUDA event without timing; what ``torch.cuda.Stream.wait_event`` and the host pool ask of one."""
+    """A CUDA event without timing; what ``torch.cuda.Stream.wait_event`` and the host pool ask of one.
 
-    __slots__ = ("_calls", "_handle")
+    The garbage collector finalizes a cycle's objects in any order, so a buffer or a landing may ask an event in its
+    own ``__del__`` after the event's. The event then answers for all that its stream was asked: later, never earlier.
+    """
 
-    def __init__(self, calls: CudaStreamCalls) -> None:
+    __slots__ = ("_calls", "_handle", "_stream")
+
+    def __init__(self, calls: CudaStreamCalls, stream: Any, *, is_own: bool) -> None:
         self._calls = calls
+        self._stream = stream
+        self._handle: ctypes.c_void_p | None = None
         handle = ctypes.c_void_p()
         calls.must(calls.short.cudaEventCreateWithFlags, ctypes.byref(handle), _WITHOUT_TIMING)
         self._handle = handle
-
-    def record(self, stream: Any, *, is_own: bool) -> None:
-        """Put the event behind what the stream was asked so far."""
-        library = self._calls.short if is_own else self._calls.long
-        self._calls.must(library.cudaEventRecord, self._handle, stream.cuda_stream)
+        library = calls.short if is_own else calls.long
+        calls.must(library.cudaEventRecord, handle, stream.cuda_stream)
 
     def query(self) -> bool:
         """Whether it has passed.
@@ -93,7 +96,10 @@ class CudaEvent:
             MemoptError: the device failed.
         """
         short = self._calls.short
-        code = short.cudaEventQuery(self._handle)
+        if self._handle is None:
+            code = short.cudaStreamQuery(self._stream.cuda_stream)
+        else:
+            code = short.cudaEventQuery(self._handle)
         if code == 0:
             return True
         short.cudaGetLastError()
@@ -103,16 +109,22 @@ class CudaEvent:
 
     def synchronize(self) -> None:
         """Wait until it has passed; other threads of Python's go on."""
-        self._calls.must(self._calls.long.cudaEventSynchronize, self._handle)
+        if self._handle is None:
+            self._calls.must(self._calls.long.cudaStreamSynchronize, self._stream.cuda_stream)
+        else:
+            self._calls.must(self._calls.long.cudaEventSynchronize, self._handle)
 
     def wait(self, stream: Any, *, is_own: bool = False) -> None:
         """Let a stream wait for it."""
+        if self._handle is None:
+            CudaEvent(self._calls, self._stream, is_own=False).wait(stream, is_own=is_own)
+            return
         library = self._calls.short if is_own else self._calls.long
         self._calls.must(library.cudaStreamWaitEvent, stream.cuda_stream, self._handle, 0)
 
     def __del__(self) -> None:
         """An event that has not passed may go: CUDA frees it then."""
-        handle = getattr(self, "_handle", None)
+        handle, self._handle = self._handle, None
         if handle is not None and self._calls.short.cudaEventDestroy(handle):
             self._calls.short.cudaGetLastError()
 
@@ -165,9 +177,7 @@ class CudaStreamCalls:
 
     def record(self, stream: Any, *, is_own: bool = True) -> CudaEvent:
         """See :class:`StreamCalls`."""
-        event = CudaEvent(self)
-        event.record(stream, is_own=is_own)
-        return event
+        return CudaEvent(self, stream, is_own=is_own)
 
     def wait_event(self, stream: Any, event: CudaEvent) -> None:
         """See :class:`StreamCalls`."""
@@ -209,6 +219,8 @@ def _typed(library: Any) -> Any:
         ("cudaEventSynchronize", pointer),
         ("cudaEventDestroy", pointer),
         ("cudaStreamWaitEvent", pointer, pointer, ctypes.c_uint),
+        ("cudaStreamQuery", pointer),
+        ("cudaStreamSynchronize", pointer),
         ("cudaLaunchHostFunc", pointer, pointer, pointer),
         ("cudaMemcpyAsync", pointer, pointer, ctypes.c_size_t, number, pointer),
         ("cudaHostGetDevicePointer", pointer, pointer, ctypes.c_uint),
