@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memopt.activations.tensors import flat_elements, nbytes_of, shared_alias
 from memopt.io import RawBuffer
+from memopt.io.engine import fresh
 from memopt.memory.pinned import HostBuffer
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class CudaSpillStored:
         self._dtype = source.dtype
         self._reading: tuple[Any, HostBuffer] | None = None
         self._home: Tensor | None = None
+        self._lost: OSError | None = None
 
     @classmethod
     def begin(
@@ -80,18 +82,23 @@ class CudaSpillStored:
             self._outgoing = None
 
     def settle(self) -> None:
-        """Read the tensor into host memory and give its extent back."""
+        """Read the tensor into host memory and give its extent back; what cannot be read is raised by `take`."""
         if self._extent is None:
             return
-        self._write.wait()
         flat = torch.empty(self.nbytes, dtype=torch.uint8)
         memory = RawBuffer(address=flat.data_ptr(), nbytes=self.nbytes, owner=flat)
-        self._area.store.read(self._extent, memory).wait()
-        self._home = flat.view(self._dtype)
+        try:
+            self._write.wait()
+            self._area.store.read(self._extent, memory).wait()
+            self._home = flat.view(self._dtype)
+        except OSError as error:
+            self._lost = fresh(error)
         self._free()
 
     def take(self, *, keep: bool) -> Tensor:
         """Bring the tensor back to the device; the extent stays until the graph lets go."""
+        if self._lost is not None:
+            raise fresh(self._lost)
         if self._home is not None:
             tensor = torch.empty_strided(
                 self._shape, self._stride, dtype=self._dtype, device=self._transfers.device

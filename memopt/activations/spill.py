@@ -25,6 +25,7 @@ from torch import Tensor
 from memopt.activations.stored import Label, Stored
 from memopt.activations.tensors import flat_elements, nbytes_of
 from memopt.io import DiskFull, ExtentStore, ExtentStoreFull, RawBuffer
+from memopt.io.engine import fresh
 from memopt.memory.pinned import HostBuffer, HostPool
 
 if TYPE_CHECKING:
@@ -125,16 +126,19 @@ class SpillArea:
             self._retire(self._writing.popleft())
 
     def _sweep(self, *, wait: bool) -> bool:
-        """Give back what was dropped and is over, or with `wait` all of it; return whether anything was."""
+        """Give back what was dropped and is over, or with `wait` all of it; return whether anything was.
+
+        How a transfer ended that nobody needs any more is not asked: a read that failed lost nothing, and a write is
+        among those that `poll` looks at.
+        """
         found = False
         for _ in range(len(self._dropped)):
             ticket, buffer, extent = self._dropped.popleft()
-            if wait and not ticket.done():
-                with contextlib.suppress(OSError):
-                    ticket.wait()
-            if not ticket.done():
+            if not (wait or ticket.done()):
                 self._dropped.append((ticket, buffer, extent))
                 continue
+            with contextlib.suppress(OSError):
+                ticket.wait()
             found = True
             if buffer is not None:
                 buffer.release()
@@ -172,6 +176,20 @@ class SpillArea:
             self.staging.close()
 
     def _retire(self, write: StagedWrite) -> None:
+        """Wait for a write; when it failed, end all that are under way, so that one fault of a disk is one error.
+
+        Nothing is hidden by that: to read an extent whose write failed raises that failure, whenever it is asked for.
+        """
+        try:
+            self._end(write)
+        except BaseException:
+            while self._writing:
+                with contextlib.suppress(OSError):
+                    self._end(self._writing.popleft())
+            raise
+
+    @staticmethod
+    def _end(write: StagedWrite) -> None:
         try:
             write.ticket.wait()
         finally:
@@ -224,6 +242,7 @@ class SpillStored:
         self._dtype = tensor.dtype
         self._reading: tuple[Any, HostBuffer] | None = None
         self._home: Tensor | None = None
+        self._lost: OSError | None = None
 
     @classmethod
     def from_cpu(cls, tensor: Tensor, area: SpillArea, label: Label, moved: Moved) -> Stored | None:
@@ -254,10 +273,14 @@ class SpillStored:
         """Nothing: the value left when it was stored."""
 
     def settle(self) -> None:
-        """Read the tensor into memory and give its extent back."""
-        if self._extent is not None:
+        """Read the tensor into memory and give its extent back; what cannot be read is raised by `take`."""
+        if self._extent is None:
+            return
+        try:
             self._home = self.take(keep=True)
-            self._free()
+        except OSError as error:
+            self._lost = fresh(error)
+        self._free()
 
     def take(self, *, keep: bool) -> Tensor:
         """Read back into a new tensor of the same shape and strides.
@@ -273,6 +296,8 @@ class SpillStored:
             self._moved.waited_on_cpu(begin_s)
 
     def _land(self) -> Tensor:
+        if self._lost is not None:
+            raise fresh(self._lost)
         if self._home is not None:
             return self._home.clone()
         if self._reading is None:

@@ -18,6 +18,7 @@ DeepSpeed's ``aio_handle`` does not look at the result of a completion, so a ful
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import threading
@@ -35,7 +36,7 @@ from memopt.types.errors import IoEngineUnavailable
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Engine", "EngineName", "EngineStats", "Ticket", "open_engine"]
+__all__ = ["Engine", "EngineName", "EngineStats", "Ticket", "fresh", "open_engine"]
 
 EngineName = Literal["auto", "io_uring", "threads"]
 DEFAULT_QUEUE_DEPTH = 32
@@ -113,7 +114,14 @@ class Ticket(ABC):
         self._engine._settle(self)
         self.claimed = True
         if self.error is not None:
-            raise self.error
+            raise fresh(self.error)
+
+
+def fresh(error: OSError) -> OSError:
+    """Return a copy to raise: what is kept must not collect tracebacks, whose frames hold what the error is about."""
+    copied = copy.copy(error)
+    copied.__traceback__ = copied.__context__ = copied.__cause__ = None
+    return copied
 
 
 class Engine(ABC):
@@ -373,7 +381,7 @@ class Engine(ABC):
         if unclaimed:
             unclaimed[0].claimed = True
             assert unclaimed[0].error is not None
-            raise unclaimed[0].error
+            raise fresh(unclaimed[0].error)
 
 
 def open_engine(

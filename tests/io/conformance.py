@@ -250,6 +250,25 @@ class EngineConformance:
         engine.write(file, 0, data).wait()
         assert engine.stats().num_failed == 1
 
+    def test_a_kept_error_keeps_no_frame(self, engine, file):
+        """Its traceback would hold the caller's variables, the graph of a training step among them."""
+
+        class Variable:
+            pass
+
+        def caller(ticket) -> None:
+            variable = Variable()
+            frames.append(weakref.ref(variable))
+            ticket.wait()
+
+        frames: list[weakref.ref] = []
+        self.fail(engine, -errno.EIO)
+        ticket = engine.write(file, 0, pages(4096))
+        for _ in range(2):
+            with contextlib.suppress(OSError):
+                caller(ticket)
+        assert [frame() for frame in frames] == [None, None]
+
     def test_a_real_errno_from_the_kernel(self, engine, tmp_path):
         path = tmp_path / "readonly"
         path.write_bytes(b"x" * 8192)
