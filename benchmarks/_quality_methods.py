@@ -11,13 +11,18 @@ from _byte_llama import Llama
 from torch import Tensor
 
 from memopt.optim import Frugal, frugal_groups
-from memopt.optim.presets import badam, galore, scale
+from memopt.optim.presets import badam, galore, scale, sinkgd
 
 CORE = ("AdamW", "FRUGAL 0.25", "GaLore 0.25")  # what the claim is about: first in line
 EXTRA = (
     "FRUGAL 0.25 svd, exact",
     "FRUGAL 0.25 svd, reference",
     "FRUGAL 0.25 columns",
+    "FRUGAL 0.25, free 0.3",
+    "FRUGAL 0.25, free 0.1",
+    "FRUGAL 0, free 0.3",
+    "GaLore 0.25, alpha 1",
+    "SinkGD",
 )  # by --methods
 
 
@@ -35,6 +40,11 @@ def methods(gap: int) -> dict[str, Method]:
     def split(density: float, **more: Any) -> Callable[[Llama, float], torch.optim.Optimizer]:
         return lambda m, lr: Frugal(frugal_groups(m, density, **more), lr=lr, update_gap=gap)
 
+    def gentle(density: float, scale: float) -> Method:
+        """Smaller steps for the rest than for what has state: the other rates may then be higher."""
+        make = split(density, state_free_lr_scale=scale)
+        return Method(make=make, grid=(1e-3, 3e-3, 9e-3))
+
     def subspace(complement: str) -> Method:
         return Method(
             make=split(0.25, selection="svd", complement=complement), grid=(3.3e-4, 1e-3, 3e-3)
@@ -45,6 +55,10 @@ def methods(gap: int) -> dict[str, Method]:
 
     def galore_like(m: Llama, lr: float) -> torch.optim.Optimizer:
         return galore(frugal_groups(m, 0.25), lr=lr, update_gap=gap)
+
+    def galore_evenly(m: Llama, lr: float) -> torch.optim.Optimizer:
+        """One rate for all parameters; with alpha 0.25 embeddings and head have four times it."""
+        return galore(frugal_groups(m, 0.25), lr=lr, update_gap=gap, alpha=1.0)
 
     def badam_like(m: Llama, lr: float) -> torch.optim.Optimizer:
         return badam(frugal_groups(m), lr=lr, num_blocks=4, switch_every=gap)
@@ -60,6 +74,13 @@ def methods(gap: int) -> dict[str, Method]:
         "FRUGAL 0.25 svd, reference": subspace("reference"),
         "FRUGAL 0.25 columns": Method(
             make=split(0.25, selection="columns"), grid=(3.3e-4, 1e-3, 3e-3)
+        ),
+        "FRUGAL 0.25, free 0.3": gentle(0.25, 0.3),
+        "FRUGAL 0.25, free 0.1": gentle(0.25, 0.1),
+        "FRUGAL 0, free 0.3": gentle(0.0, 0.3),
+        "GaLore 0.25, alpha 1": Method(make=galore_evenly, grid=(8.3e-4, 2.5e-3, 7.5e-3)),
+        "SinkGD": Method(
+            make=lambda m, lr: sinkgd(frugal_groups(m), lr=lr), grid=(3.3e-4, 1e-3, 3e-3)
         ),
     }
 

@@ -137,6 +137,38 @@ def replayed_equals_eager(selection="blocks", steps=9, **settings):
     )
 
 
+def surroundings(selection):
+    """Return the largest difference that deterministic mode, autocast and CPU neighbours make."""
+    sides = []
+    for mixed in (True, False):
+        params = make_params(torch.float32)
+        host = [torch.nn.Parameter(p.detach().cpu().clone()) for p in params[:3]]
+        members = [*params, *host] if mixed else params
+        named = [(str(i), p) for i, p in enumerate(members)]
+        sides.append((members, Frugal(named, lr=1e-2, update_gap=3, selection=selection,
+                                      density=0.3, on_switch="project")))  # fmt: skip
+    generator = torch.Generator(device="cuda").manual_seed(5)
+    for _ in range(8):
+        give_grads(sides[1][0], generator)
+        for a, b in zip(sides[0][0], sides[1][0], strict=False):
+            a.grad = b.grad.clone()
+        for a in sides[0][0][len(sides[1][0]) :]:
+            a.grad = torch.ones_like(a)
+        # cuBLAS has its own word on determinism (CUBLAS_WORKSPACE_CONFIG), so not for projections.
+        torch.use_deterministic_algorithms(selection not in ("svd", "random"))
+        try:
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                sides[0][1].step()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        sides[1][1].step()
+    assert all(bool(p.isfinite().all()) for p in sides[0][0])
+    return max(
+        float((a.detach() - b.detach()).abs().max())
+        for a, b in zip(sides[0][0], sides[1][0], strict=False)
+    )
+
+
 def memory_of_steps(dtype=torch.bfloat16, **settings):
     """Return (state bytes, bytes allocated by later steps, peak over weights + gradients + state)."""
     params = make_params(dtype, [(4096, 4096)] * 6)
@@ -190,6 +222,9 @@ def run_all():
     for selection in ("blocks", "columns", "rows", "coordinates"):
         worst = replayed_equals_eager(selection)
         record(f"cuda graph/{selection}", worst, worst <= 1e-6)
+    for selection in ("blocks", "columns", "rows", "coordinates", "svd", "random"):
+        worst = surroundings(selection)
+        record(f"deterministic, autocast, two devices/{selection}", worst, worst <= 1e-6)
     state, grown, peak = memory_of_steps()
     budget = 6 * 4096 * 4096 * 2
     record(
