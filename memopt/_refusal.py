@@ -1,5 +1,6 @@
-"""Refusing a budget that no plan keeps, in the traced step: before weights change.
+"""Refusing a budget that no plan keeps: before any op runs, or in the traced step before weights change.
 
+Where a dry run on fake tensors can be made (_dry_run.py), it tells at the first root forward.
 The traced step runs in the safest placement. Where the device is host memory, nothing bounds it but
 this file: the moment live tensors exceed the budget there, the step ends with a BudgetError. What is
 only there because the step is traced, and what a plan could still move (tensors saved outside
@@ -15,15 +16,18 @@ On CUDA the allocator's cap ends a step that is too large; `least_after` says wh
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn import Module
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memopt._dry_run import dry_run
 from memopt._planning import usable_host_bytes
 from memopt._resources import Resources
-from memopt._states import missing_optimizer_bytes, optimizer_peak_bytes
+from memopt._states import expected_grad_bytes, missing_optimizer_bytes, optimizer_peak_bytes
 from memopt._steps import Steps
 from memopt.activations.observe import RegionObserver
 from memopt.plan.cost import assumed_hardware, slack_of
@@ -35,6 +39,8 @@ from memopt.types.trace import RegionTrace, StepTrace
 
 _ADVICE = "Raise the device budget, give host memory or SSD, or make the batch smaller."
 
+_AMPLE = 16
+"""A budget this many times the states' bytes is not worth a dry run."""
 _MOST_FOR_A_MOMENT = 4
 """No optimizer in use holds more than this many times the gradients' bytes while it steps."""
 
@@ -57,6 +63,50 @@ class BudgetGuard:
         self._observer: RegionObserver | None = None
         self._coming_bytes = 0
         self._root_runs = False
+        self.why_not_foreseen = "no forward was seen"
+        """Why there was no dry run, or empty."""
+
+    # - Before the step
+
+    def foresee(
+        self,
+        model: Module,
+        regions: Sequence[tuple[str, Module]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Judge the step that is about to begin by a dry run; where there is none, the step itself will tell.
+
+        Raises:
+            BudgetError: no plan keeps the budget, not even what the dry run sees of it.
+        """
+        if self.why_not_foreseen != "no forward was seen":
+            return
+        budget = self._resources.budget.device_bytes
+        states = (
+            self._steps.figures.resident_bytes + self._coming_bytes + expected_grad_bytes(model)
+        )
+        if states * _AMPLE <= budget:
+            self.why_not_foreseen = f"the budget is {_AMPLE} times what the model's states take"
+            return
+        try:
+            seen = dry_run(model, regions, args, kwargs, self._resources.device)
+            trace = self._trace(seen, 0)
+            least = self._smallest(trace, slack=0.0)
+        except Exception as error:  # noqa: BLE001 - anyone's model, on tensors it was not written for
+            self.why_not_foreseen = f"{type(error).__name__}: {error}"
+            return
+        self.why_not_foreseen = ""
+        if least - MIB < budget:  # whole MiB, and what a dry run counts too much is less than that
+            return
+        try:
+            self._check(trace)
+        except BudgetError as error:
+            self.rest()
+            raise BudgetError(
+                f"{error} This is what a dry run on fake tensors found, so a little more may be needed; "
+                "nothing was run."
+            ) from None
 
     # - The step goes by
 
@@ -90,7 +140,10 @@ class BudgetGuard:
         level = self._resources.meter.current_bytes() + self._coming_bytes
         matters = level + _MOST_FOR_A_MOMENT * self._steps.grad_bytes() > 0.9 * budget.device_bytes
         above = optimizer_peak_bytes(self._optimizer) if matters else 0
-        trace = self._trace(observer, above)
+        self._check(self._trace(observer, above))
+
+    def _check(self, trace: StepTrace) -> None:
+        budget = self._resources.budget
         check_budget(
             trace,
             self._hardware(),
@@ -117,7 +170,9 @@ class BudgetGuard:
         """An op allocated: end the step if no plan could have kept it inside the budget."""
         observer = self._observer
         assert observer is not None
-        level = current_bytes + self._coming_bytes  # a plan may do without buffers in front of an SSD
+        level = (
+            current_bytes + self._coming_bytes
+        )  # a plan may do without buffers in front of an SSD
         budget = self._resources.budget.device_bytes
         if level <= budget:
             return
@@ -175,15 +230,18 @@ class BudgetGuard:
         trace = self._trace(observer, 0, observer.partial_traces())
         if not trace.regions:
             return least
+        return max(least, self._smallest(trace, slack))
+
+    def _smallest(self, trace: StepTrace, slack: float) -> int:
         budget = self._resources.budget
-        known = smallest_budget(
+        return smallest_budget(
             trace,
             self._hardware(),
             host_bytes=usable_host_bytes(budget),
             ssd_bytes=budget.ssd_bytes,
             staging_bytes=self._resources.staging_bytes or None,
+            slack=slack,
         )
-        return max(least, known)
 
     def _trace(
         self,

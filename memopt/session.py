@@ -231,6 +231,8 @@ class Session:
         engine = self._engine
         assert engine is not None
         self._begin(args, kwargs)
+        if self._observer is not None and not self._num_roots_open:
+            self._guard.foresee(self.model, self._regions, args, kwargs)
         self._num_roots_open += 1
         try:
             with self._outside(engine):

@@ -142,6 +142,11 @@ def climb(model, optimizer, loss_of, device_bytes):
 def without_dry_run(monkeypatch):
     """The step itself must find out."""
 
+    def cannot(*_):
+        raise RuntimeError("no dry run")
+
+    monkeypatch.setattr("memopt._refusal.dry_run", cannot)
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_named_budgets_lead_to_one_that_works_and_less_is_refused(kind, monkeypatch):

@@ -10,6 +10,8 @@ import hashlib
 from dataclasses import replace
 from typing import Any
 
+from torch.nn import Module
+
 from memopt.activations.frame import Frame, InputSlot
 from memopt.activations.modes import ForwardMode
 from memopt.activations.observed_mode import ObservedMode, Op, Record
@@ -47,34 +49,40 @@ class RegionObserver:
 
     def forward_mode(self, frame: Frame, engine: Any) -> ForwardMode:
         """Open a record."""
-        record = Record(frame.name, frame.module)
-        record.input_ids = [
+        input_ids = [
             (id(slot.source if slot.source is not None else slot.stored), _slot_nbytes(slot))
             for slot in frame.inputs
             if isinstance(slot, InputSlot) and not slot.leaf
         ]
-        self.records[frame.name] = record
+        return ObservedMode(frame, engine, self.open(frame.name, frame.module, input_ids), self)
+
+    def open(self, name: str, module: Module, input_ids: list[tuple[int, int]]) -> Record:
+        """Return the record of a region whose forward begins; its inputs are (identity, bytes)."""
+        record = Record(name, module)
+        record.input_ids = input_ids
+        self.records[name] = record
         self._fold()
         record.end_level_bytes = self.meter.current_bytes()
         record.forward = [self.meter.mark()]
-        return ObservedMode(frame, engine, record, self)
+        return record
 
     def forward_ended(self, frame: Frame, mode: Any) -> None:
         """Close the forward half."""
-        record: Record = mode.record
-        record.forward.append(self.meter.mark())
-        record.num_ops = mode.position
-        record.forward_peak_bytes = max(
-            0, self._fold() - record.end_level_bytes - mode.cloned_bytes
-        )
-        record.end_level_bytes = self.meter.current_bytes()
+        self.close_forward(mode.record, mode.position, mode.cloned_bytes)
         # values before and after of what a region wrote outside itself: a plan may leave it untouched
         self.tracing_bytes += 2 * sum(nbytes_of(image.before) for image in frame.pre_images)
+
+    def close_forward(self, record: Record, num_ops: int, cloned_bytes: int = 0) -> None:
+        """A region's forward is over; `cloned_bytes` of its peak were the tracer's."""
+        record.forward.append(self.meter.mark())
+        record.num_ops = num_ops
+        record.forward_peak_bytes = max(0, self._fold() - record.end_level_bytes - cloned_bytes)
+        record.end_level_bytes = self.meter.current_bytes()
         self._last_ended = record
         if self.outside is not None:
             self.outside_standing_bytes = self.outside.saved_bytes
 
-    def recompute_begins(self, frame: Frame) -> None:
+    def recompute_begins(self, frame: Any) -> None:
         """Close the backward of the region before, open this one's."""
         peak = self.close_backward()
         if self._last_ended is not None:
@@ -87,7 +95,7 @@ class RegionObserver:
         record.backward = [self.meter.mark()]
         self._in_backward = record
 
-    def recompute_ended(self, frame: Frame) -> None:
+    def recompute_ended(self, frame: Any) -> None:
         """Mark the end of the recomputation."""
         if self._in_backward is not None and len(self._in_backward.backward) == 1:
             self._in_backward.backward.append(self.meter.mark())

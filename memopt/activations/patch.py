@@ -47,6 +47,11 @@ class PatchedForward:
         self._handler = handler
         functools.update_wrapper(self, self.plain, updated=())
 
+    @property
+    def replaces_nothing(self) -> bool:
+        """Whether the module's class has the plain forward, and the object none of its own."""
+        return self.previous is _MISSING and self.attribute == "forward"
+
     def install(self) -> PatchedForward:
         """Put this object in place."""
         self.module.__dict__[self.attribute] = self
