@@ -1,0 +1,61 @@
+"""The figures in docs/frugal.md are those of the result files it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+STEPS = {
+    "torch AdamW, fused": "torch AdamW fused",
+    "torch AdamW, foreach": "torch AdamW foreach",
+    "torch SGD, fused": "torch SGD fused",
+    "FRUGAL 0.25, blocks, all parameters split": "frugal all",
+    "FRUGAL 0.25, `frugal_groups`: embedding full": "frugal groups",
+    "rows": "frugal rows",
+    "columns": "frugal columns",
+    "coordinates": "frugal coordinates",
+    'blocks, `quantize="8bit"`': "frugal 8bit",
+    'blocks, `rounding="stochastic"`': "frugal stochastic",
+    'blocks, `rounding="kahan"`': "frugal kahan",
+    'blocks, `impl="foreach"`': "frugal all, foreach",
+}
+
+
+def table(heading):
+    """Return {first cell: other cells} of the table in the document whose heading starts so."""
+    lines = (ROOT / "docs" / "frugal.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(heading))
+    found = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            return found
+        first, *others = (cell.strip() for cell in line.strip("|").split("|"))
+        found[first] = others
+    return found
+
+
+def test_step_times():
+    times = json.loads((RESULTS / "frugal_step_h200_202611b.json").read_text())["times"]
+    shown = table("| step, ms |")
+    assert shown.keys() == STEPS.keys()
+    for label, cells in shown.items():
+        name = STEPS[label]
+        wanted = []
+        for dtype in ("bf16", "fp32"):
+            for key in (name, f"{name}, every step a switch"):
+                found = times[dtype].get(key)
+                wanted.append(f"{found['ms']:.2f}" if found else "")
+        wanted.append(f"{times['bf16'][name]['state_bytes_per_parameter']:.2f}")
+        assert cells == wanted, label
+
+
+def test_quality():
+    runs = json.loads((RESULTS / "frugal_quality_h200.json").read_text())["runs"]
+    for method, (lr, loss, state) in table("| method | lr | validation").items():
+        run = runs[f"10M|{method}|{lr}|0|300000000"]
+        assert f"{run['loss']:.4f}" == loss
+        assert float(state) == pytest.approx(run["state_bytes"] / 2**20, abs=0.05)
