@@ -49,11 +49,12 @@ def update_params(state: GroupState, params: Sequence[Tensor], impl: str) -> Non
 
 def _refuse_moved(bucket: Bucket, indices: Sequence[int]) -> None:
     """Refuse weights that were cast or moved (`model.to(...)`) after their state was made."""
+    entries, dtype, device = bucket.entries, bucket.dtype, bucket.device
     for i in indices:
-        local = local_part(bucket.entries[i].param)
-        if local.dtype != bucket.dtype or local.device != bucket.device:
+        param = entries[i].param
+        if param.dtype is not dtype or param.device != device:
             raise ValueError(
-                f"{bucket.entries[i].name!r} is {local.dtype} on {local.device}, its state was made for"
+                f"{entries[i].name!r} is {param.dtype} on {param.device}, its state was made for"
                 f" {bucket.dtype} on {bucket.device}: cast and move the model before the first step;"
                 " after a move, optimizer.load_state_dict(optimizer.state_dict()) brings the state along"
             )
