@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
+import signal
 import threading
 
 import pytest
@@ -92,3 +94,21 @@ def test_memory_and_extents_of_garbage_cycles(area):
     assert area.store.stats().in_use_bytes == 0
     free = area.store._areas[0].free
     assert free._by_size == [(free.free_bytes, 0)]  # one hole: everything that was ever reserved
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_may_let_go_of_everything(area):
+    """A data loader's worker, forked in the middle of a step: its copies die, the parent's transfers go on."""
+    kept = [store(area, torch.full((MIB // 2,), i, dtype=torch.uint8)) for i in range(8)]
+    for stored in kept[:3]:
+        stored.prefetch()
+    with area.store._lock, area.store.engine._lock:  # as another thread may have held them
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            kept.clear()
+            gc.collect()
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    for i, stored in enumerate(kept):
+        assert bool((stored.take(keep=False) == i).all())
