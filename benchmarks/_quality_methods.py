@@ -18,6 +18,7 @@ EXTRA = (
     "FRUGAL 0.25 svd, exact",
     "FRUGAL 0.25 svd, reference",
     "FRUGAL 0.25 columns",
+    "FRUGAL 0.25 columns, free 0.3",
     "FRUGAL 0.25, free 0.3",
     "FRUGAL 0.25, free 0.1",
     "FRUGAL 0, free 0.3",
@@ -40,9 +41,9 @@ def methods(gap: int) -> dict[str, Method]:
     def split(density: float, **more: Any) -> Callable[[Llama, float], torch.optim.Optimizer]:
         return lambda m, lr: Frugal(frugal_groups(m, density, **more), lr=lr, update_gap=gap)
 
-    def gentle(density: float, scale: float) -> Method:
+    def gentle(density: float, scale: float, selection: str = "blocks") -> Method:
         """Smaller steps for the rest than for what has state: the other rates may then be higher."""
-        make = split(density, state_free_lr_scale=scale)
+        make = split(density, state_free_lr_scale=scale, selection=selection)
         return Method(make=make, grid=(1e-3, 3e-3, 9e-3))
 
     def subspace(complement: str) -> Method:
@@ -75,6 +76,7 @@ def methods(gap: int) -> dict[str, Method]:
         "FRUGAL 0.25 columns": Method(
             make=split(0.25, selection="columns"), grid=(3.3e-4, 1e-3, 3e-3)
         ),
+        "FRUGAL 0.25 columns, free 0.3": gentle(0.25, 0.3, "columns"),
         "FRUGAL 0.25, free 0.3": gentle(0.25, 0.3),
         "FRUGAL 0.25, free 0.1": gentle(0.25, 0.1),
         "FRUGAL 0, free 0.3": gentle(0.0, 0.3),
