@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import inspect
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from memopt.integrations.deepspeed_aio import LockedTensors, TensorAioHandle, op_modules
 from memopt.memory.pinned import HostPoolFull
+from tests.io.test_faults import disk  # noqa: F401 - a fixture
 
 MIB = 1 << 20
 
@@ -102,6 +104,41 @@ def test_deepspeeds_own_swap_functions_take_the_handle(handle, tmp_path):
     utils.swap_in_tensors(handle, backs, paths)
     assert handle.wait() == 2
     assert all(torch.equal(a, b) for a, b in zip(tensors, backs, strict=True))
+
+
+def _swapper(handle, monkeypatch):
+    """DeepSpeed's own AsyncTensorSwapper (gradients and fragments go out through it), without a process group."""
+    module = pytest.importorskip("deepspeed.runtime.swap_tensor.async_swapper")
+    monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
+    swapper = module.AsyncTensorSwapper(aio_handle=handle, numel_alignment=1024, timers=None)
+    swapper.add_buffers([handle.new_cpu_locked_tensor(MIB // 4, torch.empty(0)) for _ in range(3)])
+    return swapper
+
+
+def test_deepspeeds_async_swapper_writes_through_the_handle(handle, tmp_path, monkeypatch):
+    swapper = _swapper(handle, monkeypatch)
+    tensors = [torch.randn(n * 1024) for n in (100, 256, 33, 1, 200, 180)]
+    paths = [str(tmp_path / f"{i}.tensor.swp") for i in range(len(tensors))]
+    swapper.swap_out_tensors(tensors, paths)
+    swapper.release_buffers()
+    for tensor, path in zip(tensors, paths, strict=True):
+        assert torch.equal(torch.from_file(path, size=tensor.numel()), tensor)
+
+
+def test_a_full_disk_stops_deepspeeds_async_swapper(handle, disk, monkeypatch):  # noqa: F811
+    """DeepSpeed's own handle reports these as written."""
+    small = disk("ext4", 2 * MIB)
+    swapper = _swapper(handle, monkeypatch)
+    tensors = [torch.randn(MIB // 4) for _ in range(6)]
+
+    def swap_out() -> None:
+        swapper.swap_out_tensors(tensors, [str(small.path / str(i)) for i in range(6)])
+        swapper.release_buffers()
+
+    with pytest.raises(OSError, match="No space left"):
+        swap_out()
+    with contextlib.suppress(OSError):
+        handle.wait()
 
 
 @pytest.mark.slow
