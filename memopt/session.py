@@ -25,6 +25,7 @@ from memopt._replanning import Replanning
 from memopt._reporting import make_report
 from memopt._resources import Resources, open_resources
 from memopt._steps import Steps
+from memopt._takeover import UNSTEPPED, CheckpointingOff, stepping_optimizer, warn_unstepped
 from memopt.activations.compiled import compiled_notes, note_unseen_forward
 from memopt.activations.engine import ActivationEngine
 from memopt.activations.observe import RegionObserver
@@ -84,7 +85,7 @@ class Session:
     ) -> None:
         _check_model(model)
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer = stepping_optimizer(optimizer)
         self.settings = settings
         self.notes: list[str] = []
         self._replanning = Replanning()
@@ -142,7 +143,9 @@ class Session:
                 "saved outside regions can move"
             )
         self.notes.extend(compiled_notes(self._regions, resources.device.type))
-        self._exit.callback(self._take_over_checkpointing())
+        self._checkpointing = CheckpointingOff(self.model)
+        self._exit.callback(self._checkpointing.restore)
+        self._note_checkpointing()
         engine.attach()
         self._exit.callback(engine.detach)
         root = PatchedForward(self.model, "", self._root_call).install()
@@ -158,6 +161,7 @@ class Session:
         if self._resources is None or self._resources.closed:
             return
         self._resources.check_thread()
+        self._note_unstepped()
         self._check_seen(warn=False)  # a warning made an error must not keep the context open
         self._guard.end()
         self._steps.finish()
@@ -179,7 +183,7 @@ class Session:
         """
         self._regions = []
         self._observer = self._hooks = None
-        del self.model, self.optimizer, self._steps, self._guard
+        del self.model, self.optimizer, self._steps, self._guard, self._checkpointing
 
     def __enter__(self) -> Session:
         """Start."""
@@ -250,21 +254,34 @@ class Session:
         assert self._resources is not None
         if self.optimizer is None and self._steps.saw_backward:
             self._end_step()
+        self._note_checkpointing()
         self._replanning.at_root(self._engine, self._resources, self._steps)
         self._engine.begin_root()
         if self._observer is not None:
             self._observer.begin_root()
         self._steps.begin_root(args, kwargs)
+        warn_unstepped(self.optimizer, self._steps)
         if self._observer is not None:
             self._guard.root_begins(self._observer)
 
-    def _region_called(self) -> None:
+    def _note_unstepped(self) -> None:
+        if self.optimizer is not None and not self._steps.num_steps and self._steps.saw_backward:
+            self.notes.append(UNSTEPPED)
+
+    def _note_checkpointing(self) -> None:
+        note = self._checkpointing.switch()
+        if note and note not in self.notes:
+            self.notes.append(note)
+
+    def _region_called(self, name: str) -> None:
         """A region runs; where the loop calls regions itself, the first one begins the step."""
         if self._num_roots_open:
             return
         if not self._steps.begun or (self.optimizer is None and self._steps.saw_backward):
             self._begin((), {})
             self._engine_note("regions are called outside the model's own forward")
+        elif self._engine is not None and self._engine.begins_anew(name):
+            self._engine.begin_root()  # else calls are numbered for ever
 
     def _region_untouched(self, output: Any) -> None:
         """A region ran as it is: outside of the root's forward, nothing else shows its backward."""
@@ -344,25 +361,6 @@ class Session:
                 f"outputs of {', '.join(ops)} are written later by a kernel that PyTorch does not "
                 "see (Triton, numpy); they are copied at birth where they are stored"
             )
-
-    def _take_over_checkpointing(self) -> Callable[[], None]:
-        """Switch the model's own checkpointing off while the context is open."""
-        switched = [
-            m for m in self.model.modules() if m.__dict__.get("gradient_checkpointing") is True
-        ]
-        for module in switched:
-            module.__dict__["gradient_checkpointing"] = False
-        if switched:
-            self.notes.append(
-                f"the model's own gradient checkpointing was on ({len(switched)} modules): memopt "
-                "takes it over while the context is open"
-            )
-
-        def restore() -> None:
-            for module in switched:
-                module.__dict__["gradient_checkpointing"] = True
-
-        return restore
 
 
 class _Optimize(contextlib.ContextDecorator):

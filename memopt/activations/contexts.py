@@ -16,6 +16,7 @@ from torch.utils.checkpoint import _StopRecomputationError
 
 from memopt.activations.frame import Frame, InputSlot, RngState, swap_in, swap_out
 from memopt.activations.modes import RecomputeMode
+from memopt.activations.surroundings import Undo, undo_all
 
 if TYPE_CHECKING:
     from memopt.activations.skips import Rehearsal
@@ -68,7 +69,7 @@ class ForwardContext:
 class _Entry:
     """What one recomputation must put back when it ends."""
 
-    __slots__ = ("buffers", "generators", "mode", "outer", "rehearsal")
+    __slots__ = ("buffers", "generators", "mode", "outer", "rehearsal", "undo")
 
     def __init__(self, mode: RecomputeMode, outer: RngState) -> None:
         self.mode = mode
@@ -76,6 +77,7 @@ class _Entry:
         self.buffers: list[tuple[torch.nn.Module, str, Any]] = []
         self.generators: list[tuple[torch.Generator, torch.Tensor]] = []
         self.rehearsal: Rehearsal | None = None
+        self.undo: Undo = []
 
 
 class RecomputeContext:
@@ -107,8 +109,13 @@ class RecomputeContext:
             entry.generators.append((generator, generator.get_state()))
             generator.set_state(state)
         entry.buffers = frame.swap_buffers()
-        swap_in(frame.pre_images)
         self._entries.append(entry)
+        try:
+            frame.surroundings.swap_in(entry.undo)
+        except BaseException:
+            self._restore(self._entries.pop())
+            raise
+        swap_in(frame.pre_images)
         if frame.skips is not None and not skip:
             entry.rehearsal = frame.skips.rehearsal(frame)
         if entry.rehearsal is not None:
@@ -118,6 +125,7 @@ class RecomputeContext:
                 self._restore(self._entries.pop())
                 raise
             frame.swap_buffers()
+            frame.surroundings.swap_in(entry.undo)
             frame.rng.restore()
             entry.rehearsal.watch()
         mode.__enter__()
@@ -140,6 +148,7 @@ class RecomputeContext:
         swap_out(self._frame.pre_images)
         for module, name, buffer in entry.buffers:
             module._buffers[name] = buffer
+        undo_all(entry.undo)
         for generator, state in entry.generators:
             generator.set_state(state)
         entry.outer.restore()

@@ -73,7 +73,7 @@ class ActivationEngine:
         self.observer: Observer | None = None
         self.clock: RegionClock | None = None
         self.on_recompute: Callable[[], None] | None = None
-        self.on_call: Callable[[], None] | None = None
+        self.on_call: Callable[[str], None] | None = None
         self.on_untouched: Callable[[Any], None] | None = None
         self.fragile: dict[str, frozenset[int]] = {}
         self.readers: dict[str, Readers] = {}
@@ -156,6 +156,10 @@ class ActivationEngine:
         self._shared.clear()
         self.transfers.poll()
 
+    def begins_anew(self, name: str) -> bool:
+        """Whether the region was called since calls are numbered, and no graph of it is left."""
+        return name in self._num_calls and not self._live
+
     def time_regions(self, clock: RegionClock | None) -> None:
         """Time the regions of the step that begins; None: stop."""
         self.clock = clock
@@ -165,7 +169,7 @@ class ActivationEngine:
 
     def _call(self, patch: PatchedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.on_call is not None:
-            self.on_call()
+            self.on_call(patch.name)
         name = self._call_name(patch.name)
         plan = self._plans.get(name, _RECOMPUTED)
         if plan.plain and self.observer is None:
@@ -184,9 +188,8 @@ class ActivationEngine:
         frame = Frame(name, patch.module, RngState.capture(self.device))
         self._enter(frame)
         frame.call_args = leaves
-
+        whole = [(args, kwargs)]  # the caller's own lists: a region may add to them
         failed: list[BaseException] = []
-
         plain = patch.plain
 
         def call(values: list[Any]) -> Any:  # knows nothing of the frame, which holds it
@@ -196,9 +199,9 @@ class ActivationEngine:
         def body(_: Tensor) -> Any:
             if frame.landed:
                 return call(frame.landed[-1])
-            assert frame.call_args is not None
+            own = whole.pop()
             try:
-                return call(frame.call_args)
+                return plain(*own[0], **own[1])
             except BaseException as error:  # noqa: BLE001 - raised again below
                 # up to torch 2.12 checkpoint leaves its contexts by the end of a generator: after
                 # an exception when its traceback dies (in a notebook: never), and out of order
@@ -219,6 +222,7 @@ class ActivationEngine:
             )
         finally:
             frame.call_args = None
+            whole.clear()
         if failed:
             raise failed.pop()
         return out
@@ -316,6 +320,8 @@ class ActivationEngine:
         """Return the mode for this call."""
         if self.clock is not None:
             self.clock.forward_begins(frame.name)
+        if self.strict or self.observer is not None:
+            frame.watch()
         if self.observer is not None:
             return self.observer.forward_mode(frame, self)
         placements = self._placements.get(frame.name, {})

@@ -32,6 +32,12 @@ _FACTORIES = frozenset(
     )
 )  # fmt: skip
 
+# Ops that come and go: `detach`, and questions about shapes (nested tensors cache the answers).
+_UNNUMBERED = frozenset(
+    f"aten.{name}"
+    for name in ("detach", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "dim")
+)
+
 _ATTENTION_WORDS = ("attention", "flash_attn", "flex_attention", "fmha")
 
 _MATMULS = frozenset(
@@ -49,7 +55,7 @@ class OpFacts:
 
     Args:
         name: "namespace.op.overload".
-        unnumbered: never counted as an op of the region (`detach`).
+        unnumbered: never counted as an op of the region.
         casts: `_to_copy`, which autocast leaves out when its weight cache answers.
         written_args, written_kwargs: where tensors that the op writes to stand.
         kind: "attention", "matmul", "random", "factory" or "other".
@@ -97,7 +103,7 @@ def _derive(func: Any) -> OpFacts:
     args.extend(i for i in _UNDECLARED_WRITES.get(packet, ()) if i not in args)
     return OpFacts(
         name=name,
-        unnumbered=packet == "aten.detach",
+        unnumbered=packet in _UNNUMBERED,
         casts=packet == "aten._to_copy",
         written_args=tuple(args),
         written_kwargs=tuple(kwargs),

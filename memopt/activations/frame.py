@@ -19,7 +19,9 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn import Module
 
 from memopt.activations.stored import Hollow, Stored
-from memopt.activations.tensors import is_plain, storage_key
+from memopt.activations.surroundings import Surroundings
+from memopt.activations.tensors import graph_input, is_plain, storage_key
+from memopt.activations.witness import Witness
 from memopt.types.errors import RecomputeMismatchError
 
 if TYPE_CHECKING:
@@ -158,27 +160,13 @@ class InputSlot:
             tensor = tensor.detach()
         if not self.requires_grad:
             return tensor
-        return _NonLeaf.apply(torch.empty(0, requires_grad=True), [tensor])  # type: ignore[no-any-return]
+        return graph_input(tensor)
 
 
-class _NonLeaf(torch.autograd.Function):
-    """Give a tensor a grad_fn without copying it or making it a view."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, box: list[Tensor]) -> Tensor:
-        del ctx, anchor
-        return box.pop()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[None, None]:
-        del ctx, grads
-        return None, None
-
-
-def _buffers_of(module: Module) -> list[tuple[Module, str, Tensor]]:
+def _buffers_of(modules: list[Module]) -> list[tuple[Module, str, Tensor]]:
     return [
         (owner, name, buffer)
-        for owner in module.modules()
+        for owner in modules
         for name, buffer in owner._buffers.items()
         if buffer is not None
     ]
@@ -190,7 +178,7 @@ class Frame:
     __slots__ = (
         "__weakref__", "answers", "buffer_versions", "buffers", "call", "call_args", "completed",
         "generators", "inputs", "landed", "module", "name", "ops", "parameters",
-        "pre_images", "previous", "rng", "skips",
+        "pre_images", "previous", "rng", "skips", "surroundings", "witness",
     )  # fmt: skip
 
     def __init__(self, name: str, module: torch.nn.Module, rng: RngState) -> None:
@@ -203,14 +191,17 @@ class Frame:
         self.landed: list[list[Any]] = []
         self.call_args: list[Any] | None = None
         self.pre_images: list[PreImage] = []
+        modules = list(module.modules())
         self.parameters = [(p, p._version) for p in module.parameters()]
-        self.buffers = _buffers_of(module)
+        self.buffers = _buffers_of(modules)
         self.buffer_versions: list[int] = []
         self.generators: dict[torch.Generator, Tensor] = {}
         self.completed = False
         self.previous: Any = None
         self.call: Callable[[list[Any]], Any] | None = None
         self.skips: RegionSkips | None = None
+        self.surroundings = Surroundings(modules, (p for p, _ in self.parameters))
+        self.witness: Witness | None = None
 
     def complete(self) -> None:
         """The forward returned: from now on a change of what it read is a change too late."""
@@ -275,6 +266,13 @@ class Frame:
             "backward, so the recomputation would use other weights; call backward before "
             "optimizer.step(), and inside torch.func.functional_call"
         )
+
+    def watch(self) -> None:
+        """Have the ops of this call witnessed (witness.py)."""
+        known = {slot.key for slot in self.inputs if isinstance(slot, InputSlot)}
+        states = (*(p for p, _ in self.parameters), *(b for _, _, b in self.buffers))
+        known.update(storage_key(t) for t in states if is_plain(t))
+        self.witness = Witness(known)
 
     def waiting(self) -> list[Stored]:
         """Everything stored, in the order in which recomputation asks for it."""

@@ -91,6 +91,7 @@ class ForwardMode(_RegionMode):
                 self._held.setdefault(slot.key, []).append(slot.stored)
         self._task = _graph_task()
         self._ops = frame.ops
+        self._witness = frame.witness
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -106,6 +107,8 @@ class ForwardMode(_RegionMode):
         position = self.position
         self.position = position + 1
         self._ops.append(func)
+        if self._witness is not None:
+            self._witness.see(args, kwargs, self.born)
         if facts.writes:
             self.before_write(facts, args, kwargs)
         if kwargs and kwargs.get("generator") is not None:
@@ -233,6 +236,7 @@ class RecomputeMode(_RegionMode):
         self._answers = frame.answers
         self._keep = keep
         self._task = _graph_task()
+        self._witness = frame.witness
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -249,6 +253,8 @@ class RecomputeMode(_RegionMode):
         self.position = position + 1
         if position >= len(self._ops) or self._ops[position] is not func:
             self._raise_mismatch(position, facts)
+        if self._witness is not None:
+            self._check_arguments(position, facts, args, kwargs)
         answer = self._answers.get(position)
         if answer is None or (answer.hollow and not self._skip):
             return func(*args, **(kwargs or {}))
@@ -256,6 +262,21 @@ class RecomputeMode(_RegionMode):
         if not self._keep:
             del self._answers[position]
         return out
+
+    def _check_arguments(
+        self, position: int, facts: OpFacts, args: tuple[Any, ...], kwargs: Any
+    ) -> None:
+        assert self._witness is not None
+        own = {storage_key(image.target) for image in self._frame.pre_images}
+        change = self._witness.change(position, args, kwargs, own)
+        if change:
+            raise RecomputeMismatchError(
+                f"region {self._frame.name!r}: op {position} ({facts.name}) of the recomputation "
+                f"{change}; the region reads something outside its modules that changed between "
+                "forward and backward (a global, an attribute of a shared object); pass it as an "
+                "argument, keep it in an attribute of the module, or leave the region out with "
+                "regions="
+            )
 
     def _raise_mismatch(self, position: int, facts: OpFacts) -> None:
         expected = str(self._ops[position]) if position < len(self._ops) else "the end"

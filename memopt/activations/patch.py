@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn import Module
 
 from memopt.activations.compiled import is_compiled_in_place
@@ -70,7 +71,8 @@ class PatchedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the region, or the plain forward where nothing is to be saved.
 
-        Inside torch.func's transforms, too: they do without saved tensors' hooks and storages.
+        Inside torch.func's transforms and forward-mode AD, too: they do without saved tensors' hooks
+        and storages.
         """
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
             return self.plain(*args, **kwargs)
@@ -95,7 +97,9 @@ def _run_plain(patch: PatchedForward, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _is_transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
 
 
 CACHE_ARGUMENTS = {

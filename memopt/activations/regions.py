@@ -10,7 +10,8 @@ bytes. Users may name regions instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ def _called_parts(container: Module, name: str) -> Iterator[tuple[str, Module]]:
 
 
 def _can_be_called(module: Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):  # torch keeps its forward elsewhere
+        return True
     return type(module).forward is not Module.forward or "forward" in module.__dict__
 
 
@@ -131,12 +134,16 @@ def _weight(module: Module) -> int:
 def _given(model: Module, spec: Any) -> list[tuple[str, Module]]:
     named = dict(model.named_modules())
     if callable(spec) and not isinstance(spec, Module):
-        chosen = [(n, m) for n, m in named.items() if n and spec(n, m)]
+        chosen = [(n, m) for n, m in named.items() if n and _asked(spec, n, m)]
         if not chosen:
             raise ConfigError("regions: the predicate matched no module of the model")
         return chosen
     if isinstance(spec, (str, Module)):
         spec = [spec]
+    if not isinstance(spec, Iterable):
+        raise ConfigError(
+            f"regions={spec!r}: give a list of names or modules, or a function of (name, module)"
+        )
     names = {id(m): n for n, m in named.items()}
     chosen = []
     for item in spec:
@@ -153,6 +160,18 @@ def _given(model: Module, spec: Any) -> list[tuple[str, Module]]:
         else:
             chosen.append((name, module))
     return chosen
+
+
+def _asked(predicate: Callable[[str, Module], bool], name: str, module: Module) -> bool:
+    try:
+        inspect.signature(predicate).bind(name, module)
+    except TypeError as error:
+        raise ConfigError(
+            f"regions: the function must take a module's name and the module ({error})"
+        ) from error
+    except ValueError:  # a builtin that tells no signature
+        pass
+    return predicate(name, module)
 
 
 def _refuse_nesting(regions: list[tuple[str, Module]]) -> None:

@@ -22,7 +22,12 @@ def is_plain(value: Any) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory without gap or overlap, in any order."""
+    """Whether the elements fill one block of memory without gap or overlap, in any order.
+
+    What lies there must be the elements: a lazy conjugate's are others than its memory holds.
+    """
+    if tensor.is_conj() or tensor.is_neg():
+        return False
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -42,6 +47,25 @@ def shared_alias(tensor: Tensor) -> Tensor:
     """
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return tensor.detach()
+
+
+class _NonLeaf(torch.autograd.Function):
+    """Give a tensor a grad_fn without copying it or making it a view."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, box: list[Tensor]) -> Tensor:
+        del ctx, anchor
+        return box.pop()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[None, None]:
+        del ctx, grads
+        return None, None
+
+
+def graph_input(tensor: Tensor) -> Tensor:
+    """Return a fresh tensor as one that some op returned: it requires grad and is no leaf."""
+    return _NonLeaf.apply(torch.empty(0, requires_grad=True), [tensor.detach()])  # type: ignore[no-any-return]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -25,6 +25,9 @@ from memopt.types.sizes import format_bytes, parse_size
 HOST_SHARE_BY_DEFAULT = Fraction(4, 5)
 
 
+_LEAST_SSD_BYTES = 4096
+
+
 @dataclass(frozen=True, kw_only=True)
 class HostFacts:
     """Host memory as this process may use it: `limit_bytes` in all (cgroup or machine), `free_bytes` of it now."""
@@ -276,7 +279,13 @@ def _parse_ssd(request: object) -> tuple[str, int | Fraction]:
         raise ConfigError(
             f'ssd={request!r}: the directory is missing; write "DIR:SIZE", such as "/mnt/nvme:200GiB"'
         )
-    return directory, parse_size(size, name=f"size in ssd={request!r}")
+    size_bytes = parse_size(size, name=f"size in ssd={request!r}")
+    if isinstance(size_bytes, int) and size_bytes < _LEAST_SSD_BYTES:
+        raise ConfigError(
+            f"ssd={request!r}: {format_bytes(size_bytes)} is below one block of "
+            f"{format_bytes(_LEAST_SSD_BYTES)}; nothing could be kept there"
+        )
+    return directory, size_bytes
 
 
 def _ssd_directories(

@@ -130,6 +130,10 @@ class Plan:
         """Read what `save` wrote."""
         try:
             data = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ConfigError(f"{path} is not JSON: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path} is not a memopt plan: it holds a {type(data).__name__}")
         return cls.from_dict(data)
