@@ -41,6 +41,10 @@ _ADVICE = "Raise the device budget, give host memory or SSD, or make the batch s
 
 _AMPLE = 16
 """A budget this many times the states' bytes is not worth a dry run."""
+DRY_RUN_DEVICES = {"cpu"}
+"""Where a dry run's verdict counts. On CUDA it has not been held against real steps: there the allocator's cap ends
+a step that is too large, and a wrong refusal would be the greater harm."""
+
 _MOST_FOR_A_MOMENT = 4
 """No optimizer in use holds more than this many times the gradients' bytes while it steps."""
 
@@ -81,6 +85,9 @@ class BudgetGuard:
             BudgetError: no plan keeps the budget, not even what the dry run sees of it.
         """
         if self.why_not_foreseen != "no forward was seen":
+            return
+        if self._resources.device.type not in DRY_RUN_DEVICES:
+            self.why_not_foreseen = f"not on {self._resources.device.type}"
             return
         budget = self._resources.budget.device_bytes
         states = (

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import memopt
+from memopt import _refusal
 from memopt._dry_run import dry_run
 from memopt._states import measure_states
 from memopt.activations.regions import find_regions
@@ -377,7 +378,8 @@ def test_blocks_of_one_kind_run_once_and_others_themselves():
 
 
 @pytest.mark.gpu
-def test_on_cuda_nothing_is_allocated_and_the_number_works():
+def test_on_cuda_nothing_is_allocated_and_the_number_works(monkeypatch):
+    monkeypatch.setattr(_refusal, "DRY_RUN_DEVICES", {"cuda"})
     torch.manual_seed(0)
     model = Net(blocks=6, width=512).cuda().train()
     x = torch.randn(16 << 10, 512, device="cuda")
