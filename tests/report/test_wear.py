@@ -1,4 +1,4 @@
-"""What a real session reports as written is what its engine wrote."""
+"""What a real session reports as written is what its engine wrote, but for the measuring of the disk."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import memopt
+from memopt.memory import link
 from memopt.types.report import SECONDS_PER_DAY
 
 NUM_LAYERS, WIDTH, NUM_TOKENS, NUM_STEPS = 4, 128, 512, 5
@@ -21,21 +22,33 @@ def blocks() -> nn.Sequential:
     )
 
 
-def train(directory, num_steps=NUM_STEPS, **budget) -> tuple[memopt.RunReport, list[int]]:
-    """Return the report and the bytes that the I/O engine had written after each step."""
-    model, after = blocks(), []
+def train(
+    monkeypatch, directory, num_steps=NUM_STEPS, **budget
+) -> tuple[memopt.RunReport, list[int]]:
+    """Return the report and the bytes that the I/O engine had written for the model after each step."""
+    model, after, probed = blocks(), [], []
+    disk_rates = link._disk_rates
+
+    def measure(store):
+        before = store.engine.stats().written_bytes
+        rates = disk_rates(store)
+        probed.append(store.engine.stats().written_bytes - before)
+        return rates
+
+    monkeypatch.setattr(link, "_disk_rates", measure)
     spec = memopt.Budget(ssd=f"{directory}:64MiB", **budget)
     with memopt.optimize(model, plan="ssd", budget=spec, engine="threads") as run:
         for _ in range(num_steps):
             model(torch.randn(NUM_TOKENS, WIDTH)).sum().backward()
             model.zero_grad()
             run._resources.transfers.finish()
-            after.append(run._resources.io[1].stats().written_bytes)
+            after.append(run._resources.io[1].stats().written_bytes - sum(probed))
+    assert probed == [link.PROBE_BYTES]  # once, in the session's own extents
     return run.report(), after
 
 
-def test_written_bytes_of_the_engine_are_the_reports(tmp_path):
-    report, after = train(tmp_path, ssd_endurance="1PB")
+def test_written_bytes_of_the_engine_are_the_reports(monkeypatch, tmp_path):
+    report, after = train(monkeypatch, tmp_path, ssd_endurance="1PB")
     per_step = [b - a for a, b in itertools.pairwise(after)]
     tensor_bytes = NUM_TOKENS * WIDTH * 4
     assert per_step[0] >= NUM_LAYERS * tensor_bytes  # at least each region's input, or its product
@@ -49,15 +62,15 @@ def test_written_bytes_of_the_engine_are_the_reports(tmp_path):
     assert "lasts" in str(report)
 
 
-def test_the_first_step_runs_in_another_plan_and_does_not_count(tmp_path):
-    report, after = train(tmp_path, num_steps=2)
+def test_the_first_step_runs_in_another_plan_and_does_not_count(monkeypatch, tmp_path):
+    report, after = train(monkeypatch, tmp_path, num_steps=2)
     first, second = after[0], after[1] - after[0]
     assert first != second
     assert report.wear.step_bytes == second
 
 
-def test_without_endurance_bytes_a_day_alone(tmp_path):
-    report, _ = train(tmp_path)
+def test_without_endurance_bytes_a_day_alone(monkeypatch, tmp_path):
+    report, _ = train(monkeypatch, tmp_path)
     assert report.wear.day_bytes > 0
     assert report.wear.lifetime_days is None
 
