@@ -57,11 +57,13 @@ def library(device, monkeypatch):
 
 
 @pytest.fixture
-def transfers(device, library):
+def transfers(device, library, monkeypatch):
+    keep_memory(device, monkeypatch)
     pool = HostPool(64 * MIB, True, cudart=device)
     transfers = CudaTransfers(torch.device("cpu"), pool, None, 1 << 30)
     yield transfers
     transfers.close()
+    device.synchronize()
 
 
 def values(i: int) -> torch.Tensor:
@@ -73,17 +75,26 @@ def store(transfers, tensor):
     return transfers.store(tensor, "host", LABEL, clone_first=False, wait=True)
 
 
-def late_memory(device, monkeypatch):
-    """Let kernels asked for before still write to memory that is allocated for a landing."""
+def keep_memory(device, monkeypatch, on_allocation=lambda _: None):
+    """Let landings live as long as the device: a copy into one that was dropped still runs, as in CUDA's own pool."""
     empty = torch.empty_strided
 
     def keep(*args, **kwargs):
         tensor = empty(*args, **kwargs)
         device.allocated.append(tensor)
-        device.compute.run(lambda: ctypes.memset(tensor.data_ptr(), 0xEE, tensor.nbytes))
+        on_allocation(tensor)
         return tensor
 
     monkeypatch.setattr(torch, "empty_strided", keep)
+
+
+def late_memory(device, monkeypatch):
+    """Let kernels asked for before still write to memory that is allocated for a landing."""
+
+    def write_late(tensor):
+        device.compute.run(lambda: ctypes.memset(tensor.data_ptr(), 0xEE, tensor.nbytes))
+
+    keep_memory(device, monkeypatch, write_late)
 
 
 def seen_by_a_kernel(device, tensor):
