@@ -24,6 +24,7 @@ from memopt.activations.modes import MIN_MOVE_BYTES, ForwardMode, Place
 from memopt.activations.patch import PatchedForward, has_filled_cache, without_caches
 from memopt.activations.regions import is_flat_sequential
 from memopt.activations.runs import RunsPatch
+from memopt.activations.shared_inputs import SharedInput, SharedInputs
 from memopt.activations.skips import Readers, RegionSkips
 from memopt.activations.stored import Checked, Label, Stored
 from memopt.activations.tensors import is_dense, is_plain, nbytes_of
@@ -96,7 +97,7 @@ class ActivationEngine:
         self._live: weakref.WeakSet[Frame] = weakref.WeakSet()
         self._last: weakref.ref[Frame] | None = None
         self._num_calls: dict[str, int] = {}
-        self._shared: dict[int, tuple[Any, int, Any]] = {}
+        self._shared = SharedInputs()
         self._anchor = torch.empty(0, device=self.device)
 
     # - Life
@@ -258,7 +259,10 @@ class ActivationEngine:
             return leaf
         stored = None
         if plan.input != "device" and self._movable(leaf):
-            stored = self._store_shared(leaf, plan.input, name, written)
+            label = Label(region=name, what="input")
+            stored = self._shared.out(
+                leaf, lambda: self.store(leaf, plan.input, label, clone_first=written)
+            )
         return InputSlot(leaf, stored)
 
     def _movable(self, tensor: Tensor) -> bool:
@@ -270,24 +274,6 @@ class ActivationEngine:
             and nbytes_of(tensor) >= MIN_MOVE_BYTES
             and is_dense(tensor)
         )
-
-    def _store_shared(
-        self, tensor: Tensor, placement: Placement, name: str, written: bool
-    ) -> Stored | None:
-        """Move a tensor out once, however many regions take the same tensor object."""
-        known = self._shared.get(id(tensor))
-        if known is not None and known[0]() is tensor and known[1] == tensor._version:
-            shared: SharedInput | None = known[2]()
-            if shared is not None:
-                shared.num_users += 1
-                return shared
-        label = Label(region=name, what="input")
-        stored = self.store(tensor, placement, label, clone_first=written)
-        if stored is None:
-            return None
-        shared = SharedInput(stored)
-        self._shared[id(tensor)] = (weakref.ref(tensor), tensor._version, weakref.ref(shared))
-        return shared
 
     def store(
         self,
@@ -411,40 +397,3 @@ def _attention_placement(placements: dict[int, tuple[str, Place]]) -> Placement 
         if "attention" in name and placement != "hollow":
             return placement
     return None
-
-
-class SharedInput:
-    """A region input that several regions take: out once, freed after its last user."""
-
-    def __init__(self, stored: Stored) -> None:
-        self.nbytes = stored.nbytes
-        self.num_users = 1
-        self._stored = stored
-        self._landed: Tensor | None = None
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether other regions wait for it too, or it is on the device for one that did."""
-        return self.num_users > 1 or self._landed is not None
-
-    def prefetch(self) -> int:
-        """Start the fetch unless a region still holds the landed tensor."""
-        return 0 if self._landed is not None else self._stored.prefetch()
-
-    def protect(self) -> None:
-        """Pass on."""
-        self._stored.protect()
-
-    def settle(self) -> None:
-        """Pass on."""
-        self._stored.settle()
-
-    def take(self, *, keep: bool) -> Tensor:
-        """Return the tensor; it stays on the device until its last region took it."""
-        self.num_users -= 1
-        tensor, self._landed = self._landed, None
-        if tensor is None:
-            tensor = self._stored.take(keep=keep)
-        if self.num_users > 0:
-            self._landed = tensor
-        return tensor.detach()

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import memopt
-from memopt.activations.engine import ActivationEngine, SharedInput
+from memopt.activations.engine import ActivationEngine
+from memopt.activations.shared_inputs import SharedInput
 from memopt.types.plan import OpPlacement, Plan, RegionPlan
 
 WIDTH = 128
