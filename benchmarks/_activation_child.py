@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from _activation_methods import METHODS, Attached, Row, Settings
+from _activation_profile import profile_step
 from _common import nvidia_smi, resident_peak_bytes, time_step, write_json
 
 
@@ -32,6 +33,7 @@ class Child:
     liger: bool
     liger_rope: bool
     keep_grads: bool = False
+    profile: bool = False
 
 
 def _build(child: Child, *, num_layers: int | None = None) -> Any:
@@ -202,6 +204,10 @@ def _measure(child: Child, row: Row, flush: Callable[[dict[str, Any]], None]) ->
         result |= {"losses": [float(loss) for loss in losses], "grad_norm": _grad_norm(model)}
         flush(result)
         result["method_report"] = attached.report()
+        if child.profile:
+            result["profile"] = profile_step(
+                lambda: _step(model, tokens, attached, losses, keep_grads=child.keep_grads)
+            )
     flush(result | {"status": "ok"})
 
 

@@ -203,6 +203,7 @@ def _child_for(row: Row, args: argparse.Namespace) -> Child:
         liger=not args.dry,
         liger_rope=args.rope == "liger",
         keep_grads=args.grads == "kept",
+        profile=args.profile,
     )
 
 
@@ -312,6 +313,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--least-time", type=float, default=20.0, help="start no row with less than this left"
     )
     parser.add_argument("--plans", type=Path, help="write memopt's traces and plans to this file")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="one more step of each row under the profiler: kernels, copies, gaps (not part of its times)",
+    )
     parser.add_argument(
         "--dry",
         action="store_true",
