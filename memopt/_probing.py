@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from memopt.io import EngineName, ExtentStore, open_engine
+from memopt.io.depth import depth_for
 from memopt.memory.machine import cpu_name, driver_version, num_usable_cpus
 from memopt.memory.mounts import MEMORY, mount_of
 from memopt.memory.probe_cache import Kept, ProbeCache
@@ -158,10 +159,11 @@ class KeptRates:
 
 @dataclass(frozen=True, kw_only=True)
 class SsdProbe:
-    """Rates of directories used together, and where the figures come from."""
+    """Rates of directories used together, with how many blocks in flight, and where the figures come from."""
 
     paths: tuple[str, ...]
     engine: str
+    queue_depth: int
     rates: DiskRates
     provenance: str
 
@@ -297,7 +299,8 @@ def _probe_ssd(
 ) -> SsdProbe:
     paths = tuple(path for path, _ in directories)
     label = " + ".join(paths)
-    with open_engine(engine, directory=paths[0]) as opened:
+    depth = depth_for({}, num_directories=len(paths))
+    with open_engine(engine, queue_depth=depth, directory=paths[0]) as opened:
         if opened.reason:
             cache.notes.append(f"I/O engine {opened.name}: {opened.reason}")
         key = ssd_key(paths, opened.name)
@@ -313,7 +316,11 @@ def _probe_ssd(
                 write_bytes_per_s=write, read_bytes_per_s=read, probed_bytes=int(probed)
             )
             return SsdProbe(
-                paths=paths, engine=opened.name, rates=rates, provenance=kept.provenance
+                paths=paths,
+                engine=opened.name,
+                queue_depth=opened.queue_depth,
+                rates=rates,
+                provenance=kept.provenance,
             )
         share = PROBE_SSD_BYTES // len(directories)
         limited = [(path, min(size, share)) for path, size in directories]
@@ -326,4 +333,10 @@ def _probe_ssd(
             total = store.stats().budget_bytes
             rates = measure_disk(store, total, progress=lambda done: progress(label, done))
         cache.store("ssd", key, asdict(rates))
-    return SsdProbe(paths=paths, engine=opened.name, rates=rates, provenance="measured now")
+    return SsdProbe(
+        paths=paths,
+        engine=opened.name,
+        queue_depth=opened.queue_depth,
+        rates=rates,
+        provenance="measured now",
+    )

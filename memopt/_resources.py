@@ -20,6 +20,7 @@ from memopt._states import (
 from memopt.activations.spill import SpillArea
 from memopt.activations.transfers import CpuTransfers, Transfers
 from memopt.io import Engine, ExtentStore, open_engine
+from memopt.io.depth import LONGEST_QUEUE, depth_for
 from memopt.memory._slab import PAGE_BYTES
 from memopt.memory.accounting import AccountedMemory
 from memopt.memory.host import host_facts, reset_peak_resident, resolve_budget
@@ -129,18 +130,21 @@ class Resources:
         """Give back what only the plan before needed; lock the plan's host memory in the background."""
         if self.spill is not None:
             self.spill.staging.trim()
+        if self.io is not None:
+            self.io[0].set_queue_depth(self._depth_for(_sizes_on("ssd", plan, trace)))
         if self.host is None:
             return
         torch.cuda.empty_cache()
-        inputs = {r.name: r.input_nbytes for r in trace.regions}
-        sizes: Counter[int] = Counter()
-        for region in plan.regions:
-            sizes.update(o.nbytes for o in region.ops if o.placement == "host")
-            if region.input == "host" and not region.plain:
-                sizes[inputs.get(region.name, 0)] += 1
+        sizes = _sizes_on("host", plan, trace)
         self.host.reserve(dict(sizes))
         if TRIMS_HOST:
             self.host.trim_beside(sizes)
+
+    def _depth_for(self, sizes: Counter[int]) -> int:
+        """Return how many blocks fill the disks with tensors of these sizes; all that is on its way is in staging."""
+        return depth_for(
+            sizes, num_directories=len(self.budget.ssd), in_flight_bytes=self.staging_bytes
+        )
 
     def cap_allocator(self) -> None:
         """Hold the caching allocator at the device budget."""
@@ -205,7 +209,12 @@ def open_resources(
     notes: list[str] = []
     io = None
     if budget.ssd:
-        engine = open_engine(io_engine, directory=budget.ssd[0].path)
+        engine = open_engine(
+            io_engine,
+            queue_depth=depth_for({}, num_directories=len(budget.ssd)),
+            max_queue_depth=LONGEST_QUEUE,
+            directory=budget.ssd[0].path,
+        )
         if engine.reason:
             notes.append(f"I/O engine {engine.name}: {engine.reason}")
         try:
@@ -237,6 +246,17 @@ def open_resources(
     resources.cap_allocator()
     reset_peak_resident()
     return resources
+
+
+def _sizes_on(placement: Placement, plan: Plan, trace: StepTrace) -> Counter[int]:
+    """Count the tensors of each size that the plan's regions place there."""
+    inputs = {r.name: r.input_nbytes for r in trace.regions}
+    sizes: Counter[int] = Counter()
+    for region in plan.regions:
+        sizes.update(o.nbytes for o in region.ops if o.placement == placement)
+        if region.input == placement and not region.plain:
+            sizes[inputs.get(region.name, 0)] += 1
+    return sizes
 
 
 def _open_transfers(

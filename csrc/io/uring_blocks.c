@@ -81,6 +81,8 @@ static bool cut_block(memopt_uring *engine)
         };
         engine->again[engine->num_again++] = index;
         engine->counters.num_blocks++;
+        if (engine->queue_depth - engine->num_free > engine->counters.peak_blocks)
+            engine->counters.peak_blocks = engine->queue_depth - engine->num_free;
         ticket->num_blocks++;
         ticket->cursor_bytes += nbytes;
         if (ticket->cursor_bytes == request->nbytes) {
@@ -148,7 +150,8 @@ static void arm_kick(memopt_uring *engine)
 void memopt_fill_ring(memopt_uring *engine)
 {
     arm_kick(engine);
-    while (engine->num_again != 0 || (engine->num_free != 0 && cut_block(engine))) {
+    while (engine->num_again != 0 ||
+           (engine->num_free > engine->queue_depth - engine->limit && cut_block(engine))) {
         uint32_t index = engine->again[engine->num_again - 1];
         block_t *block = &engine->blocks[index];
         if (block->ticket->result.error != 0) {

@@ -8,7 +8,7 @@
  * not know whether the ticket's owner, or the engine's, is gone by then, so each announced release owns a share of both.
  *
  * A ticket is a batch of requests with a cursor; a block is the part of a request that is in the kernel now. There are
- * queue_depth blocks; a batch may be of any size. A block whose transfer was short stays in its slot and is issued
+ * queue_depth blocks, of which at most limit are in use; a batch may be of any size. A block whose transfer was short stays in its slot and is issued
  * again for the rest.
  */
 #include "uring_internal.h"
@@ -46,7 +46,7 @@ int memopt_uring_open(uint32_t queue_depth, uint64_t block_bytes, int32_t use_sq
     pthread_mutex_init(&engine->lock, NULL);
     engine->state = 1;
     atomic_init(&engine->num_owners, 1);
-    engine->queue_depth = engine->num_free = queue_depth;
+    engine->queue_depth = engine->num_free = engine->limit = queue_depth;
     engine->block_bytes = block_bytes;
     engine->use_sqpoll = use_sqpoll;
     engine->blocks = calloc(queue_depth, sizeof *engine->blocks);
@@ -73,6 +73,18 @@ int memopt_uring_open(uint32_t queue_depth, uint64_t block_bytes, int32_t use_sq
 uint32_t memopt_uring_features(memopt_uring *engine)
 {
     return engine->features;
+}
+
+int memopt_uring_limit(memopt_uring *engine, uint32_t num_blocks)
+{
+    if (num_blocks == 0 || num_blocks > engine->queue_depth)
+        return -EINVAL;
+    pthread_mutex_lock(&engine->lock);
+    engine->limit = num_blocks;
+    if (engine->kick_fd >= 0)
+        memopt_kick(engine); /* there may be room for more now */
+    pthread_mutex_unlock(&engine->lock);
+    return 0;
 }
 
 int memopt_uring_prepare(memopt_uring *engine, const memopt_uring_request *requests, uint32_t num_requests,
@@ -244,9 +256,13 @@ const char *memopt_uring_liburing(void)
 int memopt_uring_close(memopt_uring *engine)
 {
     pthread_mutex_lock(&engine->lock);
+    bool again = engine->stopping;
     engine->stopping = true;
+    if (!again)
+        memopt_kick(engine);
     pthread_mutex_unlock(&engine->lock);
-    memopt_kick(engine);
+    if (again)
+        return 0;
     int rc = -pthread_join(engine->driver, NULL);
     pthread_mutex_lock(&engine->lock);
     close(engine->kick_fd);
@@ -255,8 +271,12 @@ int memopt_uring_close(memopt_uring *engine)
     return rc;
 }
 
+/* No lock: a thread of the parent may have held it when the process forked. */
 void memopt_uring_abandon(memopt_uring *engine)
 {
+    if (engine->kick_fd < 0)
+        return;
     close(engine->ring.ring_fd);
     close(engine->kick_fd);
+    engine->kick_fd = -1;
 }

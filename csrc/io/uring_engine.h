@@ -44,6 +44,7 @@ typedef struct {
     uint64_t num_retried;
     uint64_t num_fixed_buffers;
     uint64_t num_enters;
+    uint64_t peak_blocks; /* most in the kernel at a time */
 } memopt_uring_counters;
 
 /* The version of liburing that was compiled in; empty where the build could not tell. */
@@ -52,6 +53,9 @@ const char *memopt_uring_liburing(void);
 /* What the ring was opened with: bit 0 SQPOLL, bit 1 deferred task work, bit 2 registered files, bit 3 buffers. */
 int memopt_uring_open(uint32_t queue_depth, uint64_t block_bytes, int32_t use_sqpoll, memopt_uring **out);
 uint32_t memopt_uring_features(memopt_uring *engine);
+
+/* From now on at most num_blocks blocks (1 to the queue_depth of open) are in the kernel. */
+int memopt_uring_limit(memopt_uring *engine, uint32_t num_blocks);
 
 /* Queue a batch; never waits for the disk. The ticket is the caller's to free, after it is finished. when_over is the
  * address of a 32-bit word that becomes 1 when the ticket is over, well or badly (0 for none): stored with release order
@@ -76,7 +80,7 @@ int memopt_uring_wait(memopt_uring *engine, memopt_uring_ticket *ticket, int64_t
 /* Of a ticket that is finished, or was never released. */
 void memopt_uring_ticket_free(memopt_uring_ticket *ticket);
 
-/* Returns a slot. */
+/* Returns a slot. A negative slot is none to remove. */
 int memopt_uring_add_file(memopt_uring *engine, int32_t fd);
 int memopt_uring_remove_file(memopt_uring *engine, int32_t slot);
 
@@ -91,10 +95,10 @@ void memopt_uring_count(memopt_uring *engine, memopt_uring_counters *out);
 void memopt_uring_inject(memopt_uring *engine, int32_t result, uint32_t skip, uint32_t count, uint64_t max_bytes);
 
 /* Waits for everything in flight, then closes the ring and its thread; tickets that were not released are not waited
- * for. Tickets can still be asked until the free; the memory goes with the last release that was announced. */
+ * for. Tickets can still be asked until the free; the memory goes with the last release that was announced. A second call returns 0. */
 int memopt_uring_close(memopt_uring *engine);
 void memopt_uring_free(memopt_uring *engine);
-/* In a forked child: closes the child's descriptors, touches neither the parent's ring nor its thread. */
+/* In a forked child: closes the child's descriptors, touches neither the parent's ring nor its thread. Once. */
 void memopt_uring_abandon(memopt_uring *engine);
 
 #endif

@@ -69,6 +69,7 @@ struct memopt_uring {
     int kick_fd;
     uint64_t kick_value;
     uint32_t queue_depth;
+    uint32_t limit; /* blocks in use at most */
     uint64_t block_bytes;
     int32_t use_sqpoll;
     uint32_t features;

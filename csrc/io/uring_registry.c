@@ -122,6 +122,8 @@ int memopt_uring_add_file(memopt_uring *engine, int32_t fd)
 
 int memopt_uring_remove_file(memopt_uring *engine, int32_t slot)
 {
+    if (slot < 0)
+        return 0;
     return control_call(engine, (control_t){.op = REMOVE_FILE, .fd_or_slot = slot});
 }
 

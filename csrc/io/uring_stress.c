@@ -134,12 +134,14 @@ int main(int argc, char **argv)
     for (int i = 0; i < atoi(argv[2]); i++) {
         memopt_uring_inject(engine, results[i % 5], 3, i % 3, i % 4 == 0 ? 12288 : 0);
         memopt_uring_count(engine, &counters);
+        check(memopt_uring_limit(engine, 1 + (uint32_t)i % 5) == 0, "limit");
         usleep(2000);
     }
     memopt_uring_inject(engine, 0, 0, 0, 0);
     for (int i = 0; i < NUM_THREADS; i++)
         pthread_join(threads[i], NULL);
-    check(memopt_uring_close(engine) == 0, "close");
+    check(memopt_uring_limit(engine, 0) == -EINVAL && memopt_uring_limit(engine, 6) == -EINVAL, "limits refused");
+    check(memopt_uring_close(engine) == 0 && memopt_uring_close(engine) == 0, "close, twice");
     memopt_uring_free(engine);
     close(plain_fd);
     if (direct_fd >= 0)

@@ -174,7 +174,8 @@ def probe_table(result: ProbeResult) -> Table:
             ("write", some.rates.write_bytes_per_s),
             ("read", some.rates.read_bytes_per_s),
         ):
-            table.add_row(f"{verb} {where} ({some.engine})", format_rate(rate), some.provenance)
+            how = f"{some.engine}, {some.queue_depth} in flight"
+            table.add_row(f"{verb} {where} ({how})", format_rate(rate), some.provenance)
     table.caption = f"kept in {result.kept_in}" if result.kept_in else "not kept: the cache is off"
     table.caption_justify = "left"
     return table

@@ -18,7 +18,6 @@ DeepSpeed's ``aio_handle`` does not look at the result of a completion, so a ful
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import threading
@@ -29,8 +28,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from memopt.io.buffers import BouncePool, Buffer, RawBuffer
+from memopt.io.depth import DEFAULT_QUEUE_DEPTH
 from memopt.io.files import IoFile
 from memopt.io.pieces import Piece, Transfer, plan_batch, release_bounces
+from memopt.io.ticket import Ticket, fresh
 from memopt.types.errors import IoEngineUnavailable
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "EngineName", "EngineStats", "Ticket", "fresh", "open_engine"]
 
 EngineName = Literal["auto", "io_uring", "threads"]
-DEFAULT_QUEUE_DEPTH = 32
 MAX_UNIT_BYTES = 65536
 _log = logging.getLogger(__name__)
 # Engines with transfers in flight: the kernel still writes to their buffers, so they must not be collected.
@@ -59,71 +59,6 @@ class EngineStats:
     """Bytes that went through the page cache because they could not be aligned."""
 
 
-class Ticket(ABC):
-    """A batch in flight. It keeps the buffers of its transfers alive until the last of them is finished."""
-
-    def __init__(self, engine: Engine, pieces: list[Piece]) -> None:
-        self.pieces = pieces
-        self.nbytes = sum(piece.payload_bytes for piece in pieces)
-        self.error: OSError | None = None
-        self.claimed = False
-        self._engine = engine
-
-    @property
-    def released(self) -> bool:
-        """Whether it was queued; false only for a batch that was prepared."""
-        return True
-
-    def release(self) -> None:  # noqa: B027 - an ordinary batch is queued already
-        """Queue a prepared batch. A second call does nothing."""
-
-    def release_call(self) -> tuple[int, int]:
-        """Return the addresses of a C function ``void (*)(void *)`` and of its argument that do the same as release.
-
-        The function may be called from any thread, never blocks on the disk and takes no Python lock. Whoever asks must
-        see to it that it is called once; that may be long after the ticket and the engine are gone.
-        """
-        raise ValueError("only a prepared batch can be released")
-
-    def cancel(self) -> bool:
-        """End a batch that was not released; return whether that was so: :meth:`wait` then raises ECANCELED."""
-        return False
-
-    @abstractmethod
-    def _finished(self, timeout_s: float | None) -> bool:
-        """Wait up to ``timeout_s`` (None: for ever, 0: not at all) for the end of every piece; sets ``error``."""
-
-    def done(self) -> bool:
-        """Return whether the batch is finished, successfully or not. Never blocks, never raises a transfer's error."""
-        finished = self._finished(0.0)
-        if finished:
-            self._engine._settle(self)
-        return finished
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Block until the batch is finished.
-
-        Raises:
-            OSError: the first failure of the batch, with errno, path and offset; raised again on every call.
-            TimeoutError: ``timeout_s`` passed first; the batch goes on and can be waited for again.
-        """
-        if not self._finished(timeout_s):
-            raise TimeoutError(
-                f"{self._engine.name}: a batch of {self.nbytes} bytes is not finished after {timeout_s} s"
-            )
-        self._engine._settle(self)
-        self.claimed = True
-        if self.error is not None:
-            raise fresh(self.error)
-
-
-def fresh(error: OSError) -> OSError:
-    """Return a copy to raise: what is kept must not collect tracebacks, whose frames hold what the error is about."""
-    copied = copy.copy(error)
-    copied.__traceback__ = copied.__context__ = copied.__cause__ = None
-    return copied
-
-
 class Engine(ABC):
     """Base of the engines: checks, cuts transfers into pieces, keeps the books. See the module for the promises."""
 
@@ -137,6 +72,7 @@ class Engine(ABC):
                 f"queue_depth={queue_depth} is outside 1..4096; 32 suits most NVMe drives"
             )
         self.queue_depth = queue_depth
+        """Blocks that are in the kernel at a time, at most."""
         self.reason = reason
         """Why ``auto`` chose this engine instead of io_uring; empty when the engine is what was asked for."""
         self.bounces = BouncePool(MAX_UNIT_BYTES, blocks_per_slab=16)
@@ -256,6 +192,16 @@ class Engine(ABC):
 
     def unregister_buffers(self) -> None:  # noqa: B027 - engines without registration have nothing to undo
         """Forget the buffers registered before; call it before their memory is freed."""
+
+    def set_queue_depth(self, queue_depth: int) -> int:
+        """Keep so many blocks in the kernel from now on, or as many as the engine was opened for; return how many.
+
+        Raises:
+            ValueError: ``queue_depth`` is below 1.
+        """
+        if queue_depth < 1:
+            raise ValueError(f"queue_depth={queue_depth} must be at least 1")
+        return self.queue_depth
 
     def detach(self, file: IoFile) -> None:  # noqa: B027 - engines without registration have nothing to undo
         """Forget ``file``; call it before the file is closed, when no transfer on it is in flight."""
@@ -388,6 +334,7 @@ def open_engine(
     engine: EngineName = "auto",
     *,
     queue_depth: int = DEFAULT_QUEUE_DEPTH,
+    max_queue_depth: int | None = None,
     directory: str | os.PathLike[str] | None = None,
 ) -> Engine:
     """Open a storage engine.
@@ -396,6 +343,7 @@ def open_engine(
         engine: ``"io_uring"`` and ``"threads"`` are taken literally; ``"auto"`` tries io_uring with real I/O and falls
             back to threads, saying why in :attr:`Engine.reason` and in the log.
         queue_depth: transfers of one block that the engine keeps in the kernel at a time, 1 to 4096.
+        max_queue_depth: what :meth:`Engine.set_queue_depth` may raise that to (io_uring); ``queue_depth`` when omitted.
         directory: where the probe writes and reads one block; an anonymous memory file when omitted.
 
     Raises:
@@ -409,7 +357,7 @@ def open_engine(
     if engine not in ("auto", "io_uring"):
         raise ValueError(f'engine={engine!r} is unknown; choose "auto", "io_uring" or "threads"')
     try:
-        return _open_uring(queue_depth, directory)
+        return _open_uring(queue_depth, max_queue_depth, directory)
     except IoEngineUnavailable as error:
         if engine == "io_uring":
             raise
@@ -418,7 +366,11 @@ def open_engine(
     return ThreadsEngine(queue_depth=queue_depth, reason=reason)
 
 
-def _open_uring(queue_depth: int, directory: str | os.PathLike[str] | None) -> Engine:
+def _open_uring(
+    queue_depth: int, max_queue_depth: int | None, directory: str | os.PathLike[str] | None
+) -> Engine:
     from memopt.io.uring import UringEngine
 
-    return UringEngine.open(queue_depth=queue_depth, directory=directory)
+    return UringEngine.open(
+        queue_depth=queue_depth, max_queue_depth=max_queue_depth, directory=directory
+    )

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from memopt.io.areas import Area, ExtentStoreFull, open_area
 from memopt.io.buffers import Buffer, BufferView, RawBuffer, view_of
+from memopt.io.depth import depth_for
 from memopt.io.engine import Engine, EngineName, Ticket, open_engine
 from memopt.io.extent import Extent, Pending, Run
 from memopt.io.files import IoFile
@@ -84,7 +85,13 @@ class ExtentStore:
         self._closed = False
         self._owns_engine = isinstance(engine, str)
         self.engine: Engine = (
-            open_engine(engine, directory=directories[0][0]) if isinstance(engine, str) else engine
+            open_engine(
+                engine,
+                queue_depth=depth_for({}, num_directories=len(directories)),
+                directory=directories[0][0],
+            )
+            if isinstance(engine, str)
+            else engine
         )
         try:
             for path, size_bytes in directories:

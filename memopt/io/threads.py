@@ -19,7 +19,8 @@ import weakref
 from typing import TypeAlias
 
 from memopt.io.buffers import BufferView, RawBuffer
-from memopt.io.engine import DEFAULT_QUEUE_DEPTH, Engine, Ticket
+from memopt.io.depth import DEFAULT_QUEUE_DEPTH
+from memopt.io.engine import Engine, Ticket
 from memopt.io.pieces import Piece
 
 __all__ = ["ThreadsEngine"]
@@ -66,7 +67,7 @@ class ThreadsEngine(Engine):
 
     def __init__(self, *, queue_depth: int = DEFAULT_QUEUE_DEPTH, reason: str = "") -> None:
         super().__init__(queue_depth=queue_depth, reason=reason)
-        self.num_workers = min(queue_depth, _MAX_WORKERS)
+        self.num_workers = self.queue_depth = min(queue_depth, _MAX_WORKERS)
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._workers = [
             threading.Thread(target=_work, args=(self._jobs,), name=f"memopt-io-{i}", daemon=True)

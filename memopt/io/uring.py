@@ -4,7 +4,7 @@ The native part is ``csrc/io/uring_engine.c``, bound with cffi in API mode (``me
 batch with one call and hears of it again when someone asks for the ticket; between the two, no Python code runs, so a
 training loop that holds the lock does not slow the disk, nor the disk the loop.
 
-Calls that cannot wait keep Python's lock (:class:`_ShortCalls`): cffi lets go of it in every call, and a thread that
+Calls that cannot wait keep Python's lock (``native.py``): cffi lets go of it in every call, and a thread that
 spins in bytecode then has it for the switch interval, 5 ms, before a call of a microsecond returns.
 
 io_uring is refused in many containers (the default seccomp profiles of Docker and containerd answer EPERM) and missing
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import importlib
 import os
 import time
 import weakref
@@ -25,8 +24,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from memopt.io.buffers import Buffer, RawBuffer, view_of
-from memopt.io.engine import DEFAULT_QUEUE_DEPTH, Engine, Ticket
+from memopt.io.depth import BLOCK_BYTES, DEFAULT_QUEUE_DEPTH
+from memopt.io.engine import Engine, Ticket
 from memopt.io.files import IoFile, create_unlinked
+from memopt.io.native import Handle, ShortCalls, address_of, load_native
 from memopt.io.pieces import Piece
 from memopt.types.errors import IoEngineUnavailable
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["UringCounters", "UringEngine", "load_native"]
 
-DEFAULT_BLOCK_BYTES = 1 << 20
 _SIGNAL_CHECK_S = 0.1
 _REASONS = {
     errno.EPERM: "the kernel or a container's seccomp profile forbids it (allow the io_uring_* system calls)",
@@ -46,83 +46,19 @@ _REASONS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UringCounters:
-    """What the ring did: blocks asked of the kernel, resumed after a short transfer, tried again, and so on."""
+    """What the ring did: blocks asked of the kernel, resumed after a short transfer, tried again, most at a time."""
 
     num_blocks: int
     num_resumed: int
     num_retried: int
     num_fixed_buffers: int
     num_enters: int
-
-
-def load_native() -> Any:
-    """Return the compiled module.
-
-    Raises:
-        IoEngineUnavailable: it was not built, or for another version of memopt, or cffi's runtime is missing.
-    """
-    try:
-        native = importlib.import_module("memopt.io._uring")
-    except ImportError as error:
-        raise IoEngineUnavailable(
-            f"io_uring: the native part of memopt is missing ({error}); install liburing-dev and gcc, then memopt again"
-        ) from error
-    if not hasattr(native.lib, "memopt_uring_prepare"):
-        raise IoEngineUnavailable(
-            "io_uring: the native part is older than memopt; install memopt again"
-        )
-    return native
-
-
-def _address(native: Any, pointer: Any) -> int:
-    return int(native.ffi.cast("uintptr_t", pointer))
-
-
-class _ShortCalls:
-    """The native calls that wait for no disk and for no thread of Python's, made without letting go of Python's lock.
-
-    At most they wait for the engine's mutex, which its own thread holds while it fills the ring and which nobody holds
-    while wanting Python's lock. Pointers are integers.
-    """
-
-    def __init__(self, native: Any) -> None:
-        pointer, word = ctypes.c_void_p, ctypes.c_uint64
-
-        def bind(name: str, result: Any, *arguments: Any) -> tuple[int, Any]:
-            at = _address(native, native.ffi.addressof(native.lib, f"memopt_uring_{name}"))
-            return at, ctypes.PYFUNCTYPE(result, *arguments)(at)
-
-        batch = (pointer, pointer, ctypes.c_uint32, word, pointer)
-        self.submit = bind("submit", ctypes.c_int, *batch)[1]
-        self.prepare = bind("prepare", ctypes.c_int, *batch)[1]
-        self.arm = bind("arm", None, pointer)[1]
-        self.release_address, self.release = bind("release", None, pointer)
-        self.cancel = bind("cancel", ctypes.c_int, pointer)[1]
-        self.is_released = bind("is_released", ctypes.c_int, pointer)[1]
-        self.free = bind("ticket_free", None, pointer)[1]
-        self._wait = bind("wait", ctypes.c_int, pointer, pointer, ctypes.c_int64, pointer)[1]
-
-    def poll(self, ring: int, ticket: int, result: int) -> bool:
-        """Whether the ticket is over, with its result; a wait of no time at all."""
-        return bool(self._wait(ring, ticket, 0, result))
-
-
-class _Handle:
-    """What owns a native ticket."""
-
-    __slots__ = ("_free", "address")
-
-    def __init__(self, address: int, free: Callable[[int], None]) -> None:
-        self.address = address
-        self._free = free
-
-    def __del__(self) -> None:
-        self._free(self.address)
+    peak_blocks: int
 
 
 class _UringTicket(Ticket):
     def __init__(
-        self, engine: UringEngine, pieces: list[Piece], handle: _Handle, when_over: RawBuffer | None
+        self, engine: UringEngine, pieces: list[Piece], handle: Handle, when_over: RawBuffer | None
     ) -> None:
         super().__init__(engine, pieces)
         self._handle = handle
@@ -158,7 +94,7 @@ class _UringTicket(Ticket):
                 return False
 
     def _poll(self) -> bool:
-        result = _address(self._native, self._result)
+        result = address_of(self._native, self._result)
         if self._short.poll(self._ring_address, self._handle.address, result):
             self._take_result(self._result)
         return self._is_over
@@ -235,7 +171,8 @@ class UringEngine(Engine):
         self,
         *,
         queue_depth: int = DEFAULT_QUEUE_DEPTH,
-        block_bytes: int = DEFAULT_BLOCK_BYTES,
+        max_queue_depth: int | None = None,
+        block_bytes: int = BLOCK_BYTES,
         sqpoll: bool = False,
     ) -> None:
         super().__init__(queue_depth=queue_depth)
@@ -244,19 +181,22 @@ class UringEngine(Engine):
                 f"block_bytes={block_bytes} must be a multiple of 4096 from 4096 to {1 << 30}"
             )
         self.block_bytes = block_bytes
+        self._max_depth = max(queue_depth, min(max_queue_depth or queue_depth, 4096))
         self._native = load_native()
-        self._short = _ShortCalls(self._native)
+        self._short = ShortCalls(self._native)
         self._ring = self._open_ring(sqpoll)
-        self._ring_address = _address(self._native, self._ring)
+        self._ring_address = address_of(self._native, self._ring)
         self._finalizer = weakref.finalize(self, _release, self._native, self._ring, self._pid)
         self._slots: dict[IoFile, tuple[int, int]] = {}
+        self.set_queue_depth(queue_depth)
 
     @classmethod
     def open(
         cls,
         *,
         queue_depth: int = DEFAULT_QUEUE_DEPTH,
-        block_bytes: int = DEFAULT_BLOCK_BYTES,
+        max_queue_depth: int | None = None,
+        block_bytes: int = BLOCK_BYTES,
         sqpoll: bool = False,
         directory: str | os.PathLike[str] | None = None,
     ) -> Self:
@@ -264,6 +204,7 @@ class UringEngine(Engine):
 
         Args:
             queue_depth: blocks in the kernel at a time.
+            max_queue_depth: what :meth:`set_queue_depth` may raise that to; ``queue_depth`` when omitted.
             block_bytes: transfers are cut into blocks of this size, so that one transfer fills the queue.
             sqpoll: let a kernel thread poll for submissions (saves system calls, costs a core).
             directory: where to probe; an anonymous memory file when omitted.
@@ -271,7 +212,12 @@ class UringEngine(Engine):
         Raises:
             IoEngineUnavailable: io_uring cannot run here; the message says why.
         """
-        engine = cls(queue_depth=queue_depth, block_bytes=block_bytes, sqpoll=sqpoll)
+        engine = cls(
+            queue_depth=queue_depth,
+            max_queue_depth=max_queue_depth,
+            block_bytes=block_bytes,
+            sqpoll=sqpoll,
+        )
         try:
             prove(engine, directory)
         except OSError as error:
@@ -282,9 +228,7 @@ class UringEngine(Engine):
 
     def _open_ring(self, sqpoll: bool) -> Any:
         out = self._native.ffi.new("memopt_uring **")
-        rc = self._native.lib.memopt_uring_open(
-            self.queue_depth, self.block_bytes, int(sqpoll), out
-        )
+        rc = self._native.lib.memopt_uring_open(self._max_depth, self.block_bytes, int(sqpoll), out)
         if rc < 0:
             why = _REASONS.get(-rc)
             raise IoEngineUnavailable(f"io_uring: {os.strerror(-rc)}{f': {why}' if why else ''}")
@@ -302,7 +246,7 @@ class UringEngine(Engine):
         ticket.alive = alive
         return ticket
 
-    def _hand_over(self, call: Any, pieces: list[Piece], when_over: RawBuffer | None) -> _Handle:
+    def _hand_over(self, call: Any, pieces: list[Piece], when_over: RawBuffer | None) -> Handle:
         """Copy ``pieces`` to native requests, ``call`` with them, and return the handle that owns the ticket."""
         ffi = self._native.ffi
         if when_over is not None and (when_over.nbytes != 4 or when_over.address % 4):
@@ -314,12 +258,12 @@ class UringEngine(Engine):
             self._fill(request, piece)
         out = ctypes.c_void_p()
         word = when_over.address if when_over is not None else 0
-        at = _address(self._native, requests)
+        at = address_of(self._native, requests)
         rc = call(self._ring_address, at, len(pieces), word, ctypes.byref(out))
         if rc < 0:
             raise OSError(-rc, f"{os.strerror(-rc)}: io_uring does not take requests any more")
         assert out.value is not None
-        return _Handle(out.value, self._short.free)
+        return Handle(out.value, self._short.free)
 
     def _fill(self, request: Any, piece: Piece) -> None:
         direct_slot, plain_slot = self._slots_of(piece.file)
@@ -362,6 +306,14 @@ class UringEngine(Engine):
             for slot in self._slots.pop(file, ()):
                 if slot >= 0 and not self._closed:
                     self._native.lib.memopt_uring_remove_file(self._ring, slot)
+
+    def set_queue_depth(self, queue_depth: int) -> int:
+        """Keep so many blocks in the kernel from now on, at most what the ring was opened for; return how many."""
+        super().set_queue_depth(queue_depth)
+        self._check_usable()
+        self.queue_depth = min(queue_depth, self._max_depth)
+        self._native.lib.memopt_uring_limit(self._ring, self.queue_depth)
+        return self.queue_depth
 
     def register_buffers(self, buffers: Sequence[Buffer]) -> str:
         """Map long-lived buffers once; return "" or why that was not possible (often the limit of locked memory)."""

@@ -113,6 +113,7 @@ GOOD = {
     "memory_align_bytes": 4,
     "offset_align_bytes": 512,
     "engine": "io_uring",
+    "queue_depth": 32,
     "write_bytes_per_s": 3.1e9,
     "read_bytes_per_s": 6.9e9,
     "probed_bytes": GIB,
@@ -124,7 +125,7 @@ def test_a_good_directory():
     assert check.status == "ok"
     assert check.found == (
         "ext4 on /dev/nvme0n1p1, 500 GiB free, O_DIRECT aligned to 4 (memory) and 512 bytes (offset), "
-        "write 3.1 GB/s, read 6.9 GB/s (io_uring)"
+        "write 3.1 GB/s, read 6.9 GB/s (io_uring, 32 blocks in flight)"
     )
 
 

@@ -46,7 +46,7 @@ def test_people_get_a_table(home):
     done = run("--ssd", f"{home / 'spill'}:4MiB", "--engine", "threads")
     assert done.exit_code == 0, done.output
     assert "copies in host memory" in done.output
-    assert "(threads)" in done.output
+    assert "(threads, 8 in flight)" in " ".join(done.output.split())
     assert "note: nothing is page-locked without CUDA" in done.output
 
 

@@ -183,11 +183,12 @@ def _measure(path: str, size_bytes: int, context: Context) -> dict[str, Any]:
             max_s=1.0,
             progress=lambda share: context.progress(path, share),
         )
-        engine = store.engine.name
+        engine = store.engine
     context.measured[f"write {path}"] = rates.write_bytes_per_s
     context.measured[f"read {path}"] = rates.read_bytes_per_s
     return {
-        "engine": engine,
+        "engine": engine.name,
+        "queue_depth": engine.queue_depth,
         "write_bytes_per_s": rates.write_bytes_per_s,
         "read_bytes_per_s": rates.read_bytes_per_s,
         "probed_bytes": rates.probed_bytes,
@@ -212,7 +213,7 @@ def judge_directory(name: str, figures: dict[str, Any]) -> Check:
     if "write_bytes_per_s" in figures:
         parts.append(
             f"write {format_rate(figures['write_bytes_per_s'])}, read {format_rate(figures['read_bytes_per_s'])} "
-            f"({figures['engine']})"
+            f"({figures['engine']}, {figures['queue_depth']} blocks in flight)"
         )
     todo = _directory_todo(figures)
     return Check(
