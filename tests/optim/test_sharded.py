@@ -14,8 +14,9 @@ import torch
 from memopt.optim import Frugal
 
 WORKER = """
-import os, sys, torch, torch.distributed as dist
+import contextlib, sys, torch, torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from unittest import mock
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,19 +25,17 @@ from torch.distributed.tensor.debug import CommDebugMode
 from memopt.optim import Frugal, bucket, frugal, frugal_groups
 from memopt.optim.tensors import Shards
 
-selection, folder, width = sys.argv[1], sys.argv[2], int(sys.argv[3])
-SUBSPACE = selection in ("svd", "random")
-
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, width):
         super().__init__()
         self.up, self.down = nn.Linear(8, width), nn.Linear(width, 8)
     def forward(self, x):
         return x + self.down(torch.tanh(self.up(x)))
 
-def build():
+def build(width):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.ModuleList([Block() for _ in range(3)]), nn.Linear(8, 4))
+    blocks = nn.ModuleList([Block(width) for _ in range(3)])
+    return nn.Sequential(nn.Linear(4, 8), blocks, nn.Linear(8, 4))
 
 def forward(model, x):
     x = model[0](x)
@@ -62,7 +61,7 @@ def make(model, selection):
 
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
-if sys.argv[4] == "hybrid":  # replicas of shards; here one replica
+if sys.argv[2] == "hybrid":  # replicas of shards; here one replica
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicas", "shards"))
 def shard(model):
     for block in model[1]:
@@ -71,80 +70,93 @@ def shard(model):
         fully_shard(layer, mesh=mesh)
     return model
 
-plain, sharded = build(), shard(build())
-one, two = make(plain, selection), make(sharded, selection)
-if SUBSPACE:  # shards have the right basis, always; give it to one process, too
-    kept = bucket.shards_of
-    bucket.shards_of = lambda p: kept(p) or (Shards(1, p.shape[0]) if p.dim() > 1 else None)
-    torch.Tensor.full_tensor = lambda tensor: tensor
-    shown = frugal.as_sharded
-    frugal.as_sharded = lambda b, i, v: shown(b, i, v) if kept(b.entries[i].param) else v
-steps(plain, one, range(5))
-assert not any(gathered)
-gathered.clear()
-steps(sharded, two, range(5))
-matrices = 6 if selection == "svd" else 0  # their gradients, in the switches 0 and 3
-assert gathered == [matrices, 0, 0, matrices, 0], gathered
-if selection == "columns" or SUBSPACE:  # the same draw as without shards: the same weights
-    near = {"rtol": 1e-3, "atol": 2e-5} if SUBSPACE else {"rtol": 1e-5, "atol": 1e-6}
-    for (name, p), q in zip(sharded.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p.full_tensor(), q, **near, msg=lambda m: name + m)
-if selection == "blocks":  # every rank chose the same share of the same tensors
-    chosen = torch.tensor([
-        float(two.state_full_mask(p).float().mean()) for p in two.param_groups[0]["params"]
-    ])
-    others = [torch.empty_like(chosen) for _ in range(2)]
-    dist.all_gather(others, chosen)
-    assert width % 2 or torch.equal(others[0], others[1]), others
-    assert (others[0] - others[1]).abs().max() <= 1 / 4  # uneven shards: to within a row
-    assert width % 2 or ((chosen == 0) | (chosen == 1)).sum() >= len(chosen) - 1
+def one_process_has_a_shards_basis(patches):
+    # shards have the right basis, always; give it to one process, too
+    kept, shown = bucket.shards_of, frugal.as_sharded
+    for where, name, value in (
+        (bucket, "shards_of", lambda p: kept(p) or (Shards(1, p.shape[0]) if p.dim() > 1 else None)),
+        (frugal, "as_sharded", lambda b, i, v: shown(b, i, v) if kept(b.entries[i].param) else v),
+    ):
+        patches.enter_context(mock.patch.object(where, name, value))
+    patches.enter_context(
+        mock.patch.object(torch.Tensor, "full_tensor", lambda tensor: tensor, create=True)
+    )
 
-saved = {"o": get_optimizer_state_dict(sharded, two)}
-dcp.save(saved, checkpoint_id=folder)
-resumed_model = shard(build())
-resumed_model.load_state_dict(sharded.state_dict())
-resumed = make(resumed_model, selection)
-blank = {"o": get_optimizer_state_dict(resumed_model, resumed)}
-dcp.load(blank, checkpoint_id=folder)
-set_optimizer_state_dict(resumed_model, resumed, blank["o"])
-steps(sharded, two, range(5, 10))
-steps(resumed_model, resumed, range(5, 10))
-for p, q in zip(sharded.parameters(), resumed_model.parameters(), strict=True):
-    assert torch.equal(p.to_local(), q.to_local())
+def run(selection, width, folder, patches):
+    subspace = selection in ("svd", "random")
+    if subspace:
+        one_process_has_a_shards_basis(patches)
+    gathered.clear()
+    plain, sharded = build(width), shard(build(width))
+    one, two = make(plain, selection), make(sharded, selection)
+    steps(plain, one, range(5))
+    assert not any(gathered), gathered
+    gathered.clear()
+    steps(sharded, two, range(5))
+    matrices = 6 if selection == "svd" else 0  # their gradients, in the switches 0 and 3
+    assert gathered == [matrices, 0, 0, matrices, 0], gathered
+    if selection == "columns" or subspace:  # the same draw as without shards: the same weights
+        near = {"rtol": 1e-3, "atol": 2e-5} if subspace else {"rtol": 1e-5, "atol": 1e-6}
+        for (name, p), q in zip(sharded.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.full_tensor(), q, **near, msg=lambda m: name + m)
+    if selection == "blocks":  # every rank chose the same share of the same tensors
+        chosen = torch.tensor([
+            float(two.state_full_mask(p).float().mean()) for p in two.param_groups[0]["params"]
+        ])
+        others = [torch.empty_like(chosen) for _ in range(2)]
+        dist.all_gather(others, chosen)
+        assert width % 2 or torch.equal(others[0], others[1]), others
+        assert (others[0] - others[1]).abs().max() <= 1 / 4  # uneven shards: to within a row
+        assert width % 2 or ((chosen == 0) | (chosen == 1)).sum() >= len(chosen) - 1
 
-if selection == "columns" or SUBSPACE:  # and on one process, without shards: resharded
-    steps(plain, one, range(5, 10))
-    single = build()
-    third = make(single, selection)
-    target = {"o": get_optimizer_state_dict(single, third)}
-    dcp.load(target, checkpoint_id=folder)
-    set_optimizer_state_dict(single, third, target["o"])
-    reference = build()
-    fresh = make(reference, selection)
-    steps(reference, fresh, range(5))
-    single.load_state_dict(reference.state_dict())
-    steps(single, third, range(5, 10))
-    for p, q in zip(single.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    saved = {"o": get_optimizer_state_dict(sharded, two)}
+    dcp.save(saved, checkpoint_id=folder)
+    resumed_model = shard(build(width))
+    resumed_model.load_state_dict(sharded.state_dict())
+    resumed = make(resumed_model, selection)
+    blank = {"o": get_optimizer_state_dict(resumed_model, resumed)}
+    dcp.load(blank, checkpoint_id=folder)
+    set_optimizer_state_dict(resumed_model, resumed, blank["o"])
+    steps(sharded, two, range(5, 10))
+    steps(resumed_model, resumed, range(5, 10))
+    for p, q in zip(sharded.parameters(), resumed_model.parameters(), strict=True):
+        assert torch.equal(p.to_local(), q.to_local())
+
+    if selection == "columns" or subspace:  # and on one process, without shards: resharded
+        steps(plain, one, range(5, 10))
+        single = build(width)
+        third = make(single, selection)
+        target = {"o": get_optimizer_state_dict(single, third)}
+        dcp.load(target, checkpoint_id=folder)
+        set_optimizer_state_dict(single, third, target["o"])
+        reference = build(width)
+        fresh = make(reference, selection)
+        steps(reference, fresh, range(5))
+        single.load_state_dict(reference.state_dict())
+        steps(single, third, range(5, 10))
+        for p, q in zip(single.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+for text in sys.argv[3:]:
+    selection, width = text.split("-")
+    print(text, flush=True)
+    with contextlib.ExitStack() as patches:
+        run(selection, int(width), f"{sys.argv[1]}/{text}", patches)
 dist.destroy_process_group()
 print("fine")
 """
 
 
-SLOW = pytest.mark.slow  # the same code as a case beside it
+CASES = [
+    f"{selection}-{width}"
+    for selection in ("columns", "rows", "blocks", "coordinates", "svd", "random")
+    for width in (16, 15)  # 15: the last shard is smaller
+]
 
 
-@pytest.mark.parametrize(
-    ("selection", "width"),
-    [
-        ("columns", 16), ("blocks", 16), ("svd", 16), ("columns", 15), ("coordinates", 15),
-        ("svd", 15), pytest.param("blocks", 15, marks=SLOW), pytest.param("random", 15, marks=SLOW),
-        pytest.param("rows", 15, marks=SLOW), pytest.param("rows", 16, marks=SLOW),
-        pytest.param("coordinates", 16, marks=SLOW), pytest.param("random", 16, marks=SLOW),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("mesh", ["shards", pytest.param("hybrid", marks=SLOW)])
-def test_two_processes(selection, width, mesh, tmp_path):
+@pytest.mark.parametrize("mesh", ["shards", pytest.param("hybrid", marks=pytest.mark.slow)])
+def test_two_processes(mesh, tmp_path):
+    """All cases in one pair of processes: what a case takes is their start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -155,7 +167,7 @@ def test_two_processes(selection, width, mesh, tmp_path):
             "OMP_NUM_THREADS": "1", "PYTHONPATH": root}  # fmt: skip
     workers = [
         subprocess.Popen(
-            [sys.executable, str(script), selection, str(tmp_path / "checkpoint"), str(width), mesh],
+            [sys.executable, str(script), str(tmp_path), mesh, *CASES],
             env={**base, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
