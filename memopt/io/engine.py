@@ -82,6 +82,7 @@ class Engine(ABC):
         self._gate = (
             threading.Lock()
         )  # held while transfers are started, and while the engine stops taking them
+        self._closing = threading.RLock()
         self._in_flight: dict[Ticket, None] = {}  # in the order of submission
         self._failed: list[Ticket] = []
         self._totals = {"tickets": 0, "failed": 0, "read": 0, "write": 0, "buffered": 0}
@@ -98,7 +99,10 @@ class Engine(ABC):
 
     @abstractmethod
     def _shut_down(self) -> None:
-        """Release threads and rings; nothing is in flight. In a forked child: what is safe there."""
+        """Release threads and rings; nothing is in flight. In a forked child: what is safe there.
+
+        Called again it does nothing, or what an interrupted call left.
+        """
 
     def submit(
         self, transfers: Sequence[Transfer], *, when_over: RawBuffer | None = None
@@ -233,22 +237,22 @@ class Engine(ABC):
     def close(self) -> None:
         """Finish what is in flight, release everything, then raise the first failure that nobody has waited for.
 
-        In a forked child it releases the child's copies and leaves the parent's transfers alone. Safe to call twice.
+        In a forked child it releases the child's copies and leaves the parent's transfers alone. Safe to call twice,
+        and again after a KeyboardInterrupt anywhere in here: the second call does what the first one left.
         """
         if os.getpid() != self._pid:
-            if not self._closed:
-                self._closed = True
-                self._shut_down()
+            self._closed = True
+            self._shut_down()
             return
         with self._gate:
-            if self._closed:
-                return
             self._closed = True
-        for ticket in self._snapshot():
-            ticket.cancel()
-            ticket._finished(None)
-            self._settle(ticket)
-        self._shut_down()
+        with self._closing:
+            for ticket in self._snapshot():
+                ticket.cancel()
+                ticket._finished(None)
+                self._settle(ticket)
+            _BUSY.discard(self)
+            self._shut_down()
         self._raise_unclaimed()
 
     def __enter__(self) -> Self:
@@ -303,12 +307,12 @@ class Engine(ABC):
         with self._lock:
             if ticket not in self._in_flight:
                 return
-            del self._in_flight[ticket]
-            if ticket.error is not None:
-                self._totals["failed"] += 1
-                self._failed.append(ticket)
-            else:
+            if ticket.error is None:
                 self._count(ticket)
+            elif ticket not in self._failed:
+                self._failed.append(ticket)
+                self._totals["failed"] += 1
+            del self._in_flight[ticket]  # the last: an interrupt before here loses no error
             pieces, ticket.pieces = ticket.pieces, []
             if not self._in_flight:
                 _BUSY.discard(self)

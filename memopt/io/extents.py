@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from memopt.io.areas import Area, ExtentStoreFull, open_area
 from memopt.io.buffers import Buffer, BufferView, RawBuffer, view_of
 from memopt.io.depth import depth_for
-from memopt.io.engine import Engine, EngineName, Ticket, open_engine
+from memopt.io.engine import Engine, EngineName, Ticket, fresh, open_engine
 from memopt.io.extent import Extent, Pending, Run
 from memopt.io.files import IoFile
 from memopt.io.pieces import Kind, Transfer
@@ -83,6 +83,8 @@ class ExtentStore:
         self._leaving: list[Extent] = []
         self._peak_bytes = self._written_bytes = self._read_bytes = 0
         self._closed = False
+        self._closing = threading.RLock()
+        self._unseen: OSError | None = None  # for `close` to raise
         self._owns_engine = isinstance(engine, str)
         self.engine: Engine = (
             open_engine(
@@ -226,31 +228,33 @@ class ExtentStore:
     def close(self) -> None:
         """Wait for transfers in flight, then close every file (the disk space returns) and the store's own engine.
 
+        Safe to call twice, and again after a KeyboardInterrupt anywhere in here: the second call does the rest.
+
         Raises:
             OSError: a transfer failed and nobody waited for it; raised after everything was released.
         """
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            tickets = [p.ticket for extent in (*self._live, *self._leaving) for p in extent.pending]
+        with self._closing:
+            with self._lock:
+                self._closed = True
+                busy = (*self._live, *self._leaving)
+                tickets = [pending.ticket for extent in busy for pending in extent.pending]
+            for ticket in tickets:
+                ticket.cancel()
+                ticket._finished(None)
+                if ticket.error is not None and not ticket.claimed:
+                    self._unseen = self._unseen or fresh(ticket.error)
+                ticket.claimed = True
+                ticket.done()
+            for area in self._areas:
+                self.engine.detach(area.file)
+                area.file.close()
+            if self._owns_engine:
+                self.engine.close()
             self._live.clear()
             self._leaving.clear()
-        first: OSError | None = None
-        for ticket in tickets:
-            ticket.cancel()
-            claimed = ticket.claimed
-            try:
-                ticket.wait()
-            except OSError as error:
-                first = first or (None if claimed else error)
-        for area in self._areas:
-            self.engine.detach(area.file)
-            area.file.close()
-        if self._owns_engine:
-            self.engine.close()
-        if first is not None:
-            raise first
+            unseen, self._unseen = self._unseen, None
+        if unseen is not None:
+            raise unseen
 
     def __enter__(self) -> Self:
         return self

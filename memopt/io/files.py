@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import io
 import mmap
 import os
 import struct
@@ -62,6 +63,12 @@ class IoFile:
     direct_reason: str = ""
     is_long_lived: bool = True
     closed: bool = field(default=False, init=False)
+    _owners: tuple[io.FileIO, ...] = field(default=(), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Give the descriptors to objects that close theirs once, in one step, and when they are dropped."""
+        fds = (self.direct_fd, self.buffered_fd)
+        self._owners = tuple(io.FileIO(fd, closefd=True) for fd in fds if fd >= 0)
 
     @property
     def is_direct(self) -> bool:
@@ -69,14 +76,11 @@ class IoFile:
         return self.direct_fd >= 0
 
     def close(self) -> None:
-        """Close both descriptors; safe to call twice."""
-        if self.closed:
-            return
+        """Close both descriptors; safe to call twice, and again after a KeyboardInterrupt in here."""
         self.closed = True
-        fds = [fd for fd in (self.direct_fd, self.buffered_fd) if fd >= 0]
         self.direct_fd = self.buffered_fd = -1
-        for fd in fds:
-            os.close(fd)
+        for owner in self._owners:
+            owner.close()
 
 
 def direct_alignment(fd: int) -> DirectAlignment | None:

@@ -96,10 +96,11 @@ class ThreadsEngine(Engine):
         ]
 
     def _shut_down(self) -> None:
-        self._finalizer()
+        _stop(self._jobs, self.num_workers, self._pid)  # once more than needed hurts nobody
         if os.getpid() == self._pid:
             for worker in self._workers:
                 worker.join()
+        self._finalizer.detach()
 
 
 def _stop(jobs: queue.SimpleQueue[_Job], num_workers: int, pid: int) -> None:

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -187,7 +189,7 @@ class UringEngine(Engine):
         self._ring = self._open_ring(sqpoll)
         self._ring_address = address_of(self._native, self._ring)
         self._finalizer = weakref.finalize(self, _release, self._native, self._ring, self._pid)
-        self._slots: dict[IoFile, tuple[int, int]] = {}
+        self._slots: dict[IoFile, list[Any]] = {}
         self.set_queue_depth(queue_depth)
 
     @classmethod
@@ -287,11 +289,10 @@ class UringEngine(Engine):
             return -1, -1
         slots = self._slots.get(file)
         if slots is None:
-            slots = self._slots[file] = (
-                self._add_fd(file.direct_fd),
-                self._add_fd(file.buffered_fd),
-            )
-        return slots
+            direct, plain = self._add_fd(file.direct_fd), self._add_fd(file.buffered_fd)
+            slots = self._slots[file] = [None, direct, plain]
+        _, direct, plain = slots
+        return direct, plain
 
     def _add_fd(self, fd: int) -> int:
         return (
@@ -302,10 +303,13 @@ class UringEngine(Engine):
         """Forget ``file``: a registered file keeps its disk space even when it is closed."""
         if self._closed or os.getpid() != self._pid:
             return
+        remove = functools.partial(self._native.lib.memopt_uring_remove_file, self._ring)
         with self._gate:
-            for slot in self._slots.pop(file, ()):
-                if slot >= 0 and not self._closed:
-                    self._native.lib.memopt_uring_remove_file(self._ring, slot)
+            slots = self._slots.get(file)
+            if slots and not self._closed:
+                # Taken off the list and removed in one step of C: a KeyboardInterrupt does neither or both.
+                deque(map(remove, iter(slots.pop, None)), maxlen=0)
+            self._slots.pop(file, None)
 
     def set_queue_depth(self, queue_depth: int) -> int:
         """Keep so many blocks in the kernel from now on, at most what the ring was opened for; return how many."""
@@ -349,11 +353,12 @@ class UringEngine(Engine):
 
     def _shut_down(self) -> None:
         self._slots.clear()
-        self._finalizer()
+        _release(self._native, self._ring, self._pid)
+        self._finalizer.detach()
 
 
 def _release(native: Any, ring: Any, pid: int) -> None:
-    """Free the ring; in a forked child only the child's descriptors, since the thread stayed with the parent."""
+    """Free the ring, once; in a forked child only the child's descriptors, since the thread stayed with the parent."""
     if os.getpid() == pid:
         native.lib.memopt_uring_close(ring)
     else:
