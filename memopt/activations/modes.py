@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memopt.activations.facts import _FACTS, OpFacts, draws_numbers, facts_of
 from memopt.activations.frame import Answer, Frame, InputSlot, PreImage, RngState, hollow_answer
+from memopt.activations.hollow import HollowWatch
 from memopt.activations.stored import Checked, DeviceStored, Label, Stored
 from memopt.activations.tensors import is_dense, is_plain, nbytes_of, storage_key, tensors_in
 from memopt.types.errors import RecomputeMismatchError
@@ -92,6 +93,20 @@ class ForwardMode(_RegionMode):
         self._task = _graph_task()
         self._ops = frame.ops
         self._witness = frame.witness
+        self._watch = HollowWatch(frame) if frame.skips is not None else None
+
+    def __enter__(self) -> ForwardMode:
+        """Push the mode."""
+        super().__enter__()
+        if self._watch is not None:
+            self._watch.begin()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Pop it."""
+        if self._watch is not None:
+            self._watch.end()
+        super().__exit__(*exc)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -120,6 +135,8 @@ class ForwardMode(_RegionMode):
             place = (facts.name, self._attention)
         if place is not None:
             self._place(position, place, func, facts, args, kwargs or {}, out)
+        if self._watch is not None and position not in self.frame.answers:
+            self._watch.read((args, kwargs), out, writes=facts.writes)
         if type(out) is Tensor:
             self.born.add(out.untyped_storage()._cdata)
         elif type(out) in (tuple, list):
@@ -192,6 +209,9 @@ class ForwardMode(_RegionMode):
         answer = hollow_answer(func, outputs, sequence)
         if answer is not None:
             self.frame.answers[position] = answer
+            assert self._watch is not None
+            for output in outputs:
+                self._watch.born(output)
 
     def _store_one(
         self, output: Tensor, placement: Placement, label: Label, fragile: bool
