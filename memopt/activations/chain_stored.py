@@ -10,6 +10,7 @@ from torch import Tensor
 from memopt.activations.cuda import Landing
 from memopt.activations.tensors import flat_elements, nbytes_of, shared_alias
 from memopt.io import RawBuffer
+from memopt.io.engine import fresh
 from memopt.memory.pinned import HostBuffer
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class ChainStored:
         self._begun_bytes = 0
         self._is_waiting = False
         self._home: Tensor | None = None
+        self._lost: OSError | None = None
 
     # - Out
 
@@ -155,8 +157,10 @@ class ChainStored:
     def take(self, *, keep: bool) -> Tensor:
         """Return the tensor; the current stream waits for its last piece. The extent stays until the graph lets go."""
         del keep
-        if self._home is None and not self.advance(wait=True):
+        if self._home is None and self._lost is None and not self.advance(wait=True):
             self.settle()
+        if self._lost is not None:
+            raise fresh(self._lost)
         if self._home is not None:
             tensor = self._new_tensor()
             flat_elements(tensor).copy_(self._home)
@@ -177,14 +181,17 @@ class ChainStored:
     # - The end
 
     def settle(self) -> None:
-        """Read the tensor into host memory and give its extent back."""
+        """Read the tensor into host memory and give its extent back; what cannot be read is raised by `take`."""
         if self._extent is None:
             return
         self._landing = None
         flat = torch.empty(self.nbytes, dtype=torch.uint8)
         memory = RawBuffer(address=flat.data_ptr(), nbytes=self.nbytes, owner=flat)
-        self._area.store.read(self._extent, memory).wait()
-        self._home = flat.view(self._dtype)
+        try:
+            self._area.store.read(self._extent, memory).wait()
+            self._home = flat.view(self._dtype)
+        except OSError as error:
+            self._lost = fresh(error)
         self._free()
 
     def _new_tensor(self) -> Tensor:

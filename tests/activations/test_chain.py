@@ -360,6 +360,30 @@ def test_close_in_mid_flight(device):
         assert rig.area.staging.stats().mapped_bytes == 0
 
 
+def test_what_cannot_come_home_is_raised_by_take_and_holds_nothing_else_up(device):
+    """A session that ends brings every tensor of a live graph home: one that is lost must not lose the others."""
+    with spill_directory() as path:
+        rig = Rig(device, path)
+        pairs = [(rig.store(values(300_000, seed=i)), values(300_000, seed=i)) for i in range(3)]
+        device.synchronize()
+        rig.area.finish()
+        rig.engine.inject(-errno.EIO, count=1)
+        for stored, _ in pairs:
+            stored.settle()
+        rig.engine.inject()
+        rig.close()
+        device.spoils = False
+        for _ in range(2):
+            with pytest.raises(OSError, match="read at offset") as caught:
+                pairs[0][0].take(keep=True)
+            assert caught.value.errno == errno.EIO
+            assert caught.value.__context__ is None
+        for stored, value in pairs[1:]:
+            result = stored.take(keep=True)
+            device.synchronize()
+            assert torch.equal(result, value)
+
+
 def test_dropped_tensors_give_everything_back(rig):
     for i in range(20):
         stored = rig.store(values(300_000, seed=i))
@@ -405,8 +429,9 @@ def test_a_lost_device_ends_every_wait(rig):
         stored.take(keep=True)
     with pytest.raises(OSError, match="never be released: the device is lost"):
         rig.area.finish()
+    stored.settle()
     with pytest.raises(OSError, match="the device is lost"):
-        stored.settle()
+        stored.take(keep=True)
     assert time.monotonic() - begin < 5
     with pytest.raises(LostDeviceError):
         rig.transfers.finish()
