@@ -27,7 +27,7 @@ from memopt.activations.batch import LARGE_BYTES, CopiesIn, can_batch
 from memopt.activations.chain import WORDS_BYTES, Chain, open_chain
 from memopt.activations.spill import SpillArea
 from memopt.activations.stored import Label, Stored
-from memopt.activations.tensors import flat_elements, nbytes_of, shared_alias
+from memopt.activations.tensors import flat_elements, nbytes_of, shared_alias, version_of
 from memopt.activations.transfers import Moved
 from memopt.memory.pinned import HostBuffer, HostPool
 from memopt.types.errors import SavedOutputChangedError
@@ -65,7 +65,7 @@ class Outgoing:
 
     def __init__(self, source: Tensor, done: Any, label: Label) -> None:
         self.source: Any = source
-        self.version: int | None = source._version
+        self.version: int | None = version_of(source)
         self.done = done
         self.nbytes = nbytes_of(source)
         self.label = label
@@ -278,7 +278,7 @@ class CudaTransfers:
     def _drop(self, outgoing: Outgoing) -> None:
         self._outgoing_bytes -= outgoing.nbytes
         source, outgoing.source = outgoing.source, None
-        if outgoing.version is not None and source._version != outgoing.version:
+        if outgoing.version is not None and version_of(source) != outgoing.version:
             raise SavedOutputChangedError(
                 f"{outgoing.label} was modified in place while it was copied to host memory; "
                 "write to a copy (tensor.clone()), or use plan='recompute'"

@@ -20,7 +20,7 @@ from torch.nn import Module
 
 from memopt.activations.stored import Hollow, Stored
 from memopt.activations.surroundings import Surroundings
-from memopt.activations.tensors import graph_input, is_plain, storage_key
+from memopt.activations.tensors import graph_input, is_plain, storage_key, version_of
 from memopt.activations.witness import Witness
 from memopt.types.errors import RecomputeMismatchError
 
@@ -121,6 +121,10 @@ def swap_out(images: list[PreImage]) -> None:
 
 def _write(target: Tensor, value: Tensor) -> None:
     """Copy without a version bump: the program must not see that the value was ever gone."""
+    if target.is_inference():
+        with torch.inference_mode():
+            target.copy_(value)
+        return
     with _unsafe_preserve_version_counter(target), torch.no_grad():
         target.copy_(value)
 
@@ -135,7 +139,7 @@ class InputSlot:
         self.leaf = tensor.is_leaf
         self.source = tensor if stored is None else None
         self.stored = stored
-        self.version = tensor._version
+        self.version = version_of(tensor)
         self.key = storage_key(tensor) if is_plain(tensor) else -1
 
     def land(self, region: str) -> Tensor:
@@ -148,10 +152,10 @@ class InputSlot:
             tensor = self.stored.take(keep=True)
         else:
             assert self.source is not None
-            if self.source._version != self.version:
+            if version_of(self.source) != self.version:
                 raise RecomputeMismatchError(
                     f"an input of region {region!r} was modified in place between forward and "
-                    f"backward (version {self.source._version}, {self.version} at forward); "
+                    f"backward (version {version_of(self.source)}, {self.version} at forward); "
                     "write to a copy instead (tensor.clone())"
                 )
             tensor = self.source
@@ -206,11 +210,11 @@ class Frame:
     def complete(self) -> None:
         """The forward returned: from now on a change of what it read is a change too late."""
         self.completed = True
-        self.buffer_versions = [b._version for _, _, b in self.buffers]
+        self.buffer_versions = [version_of(b) for _, _, b in self.buffers]
         written = {storage_key(image.target) for image in self.pre_images}
         for slot in self.inputs:
             if isinstance(slot, InputSlot) and slot.key in written and slot.source is not None:
-                slot.version = slot.source._version
+                slot.version = version_of(slot.source)
 
     def writes_input(self) -> bool:
         """Whether the region's forward wrote to one of its arguments."""
@@ -228,7 +232,7 @@ class Frame:
             return
         own = {storage_key(image.target) for image in self.pre_images}
         for (_, name, buffer), version in zip(self.buffers, self.buffer_versions, strict=True):
-            if buffer._version != version and buffer.untyped_storage()._cdata not in own:
+            if version_of(buffer) != version and buffer.untyped_storage()._cdata not in own:
                 raise RecomputeMismatchError(
                     f"buffer {name!r} of region {self.name!r} was modified in place between "
                     "forward and backward, so the recomputation would read other values; assign "

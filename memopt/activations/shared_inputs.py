@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from memopt.activations.stored import Stored
+from memopt.activations.tensors import version_of
 
 
 class SharedInput:
@@ -60,7 +61,7 @@ class SharedInputs:
     def out(self, tensor: Tensor, store: Callable[[], Stored | None]) -> SharedInput | None:
         """Return what stands for `tensor`: one more user of what went out, or what `store` moves now."""
         known = self._known.get(id(tensor))
-        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+        if known is not None and known[0]() is tensor and known[1] == version_of(tensor):
             shared = known[2]()
             if shared is not None:
                 shared.num_users += 1
@@ -69,5 +70,5 @@ class SharedInputs:
         if stored is None:
             return None
         shared = SharedInput(stored)
-        self._known[id(tensor)] = weakref.ref(tensor), tensor._version, weakref.ref(shared)
+        self._known[id(tensor)] = weakref.ref(tensor), version_of(tensor), weakref.ref(shared)
         return shared

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from memopt.activations.tensors import digest, nbytes_of, shared_alias
+from memopt.activations.tensors import digest, nbytes_of, shared_alias, version_of
 from memopt.types.errors import RoundTripError, SavedOutputChangedError
 
 
@@ -68,7 +68,7 @@ class DeviceStored:
         self._label = label
         self._private = clone_first
         self._tensor: Tensor | None = tensor.clone() if clone_first else shared_alias(tensor)
-        self._version = self._tensor._version
+        self._version = version_of(self._tensor)
 
     def prefetch(self) -> int:
         """Return 0: it is on the device."""
@@ -97,10 +97,10 @@ class DeviceStored:
 
     def _check(self) -> None:
         assert self._tensor is not None
-        if self._tensor._version != self._version:
+        if version_of(self._tensor) != self._version:
             raise SavedOutputChangedError(
                 f"{self._label} is kept for backward and was modified in place after the region "
-                f"returned (version {self._tensor._version}, saved at {self._version}); write to "
+                f"returned (version {version_of(self._tensor)}, saved at {self._version}); write to "
                 "a copy (tensor.clone()), or place it elsewhere (plan='recompute')"
             )
 

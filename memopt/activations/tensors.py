@@ -21,6 +21,11 @@ def is_plain(value: Any) -> bool:
     return type(value) in _PLAIN and value.layout is torch.strided and not value.is_nested
 
 
+def version_of(tensor: Tensor) -> int:
+    """Return the tensor's version counter; made in inference mode it has none and keeps its value."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory without gap or overlap, in any order.
 

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from memopt.activations.tensors import digest, is_dense, is_plain, shared_alias, storage_key
+from memopt.activations.tensors import (
+    digest,
+    is_dense,
+    is_plain,
+    shared_alias,
+    storage_key,
+    version_of,
+)
 
 _PLAIN = frozenset({int, float, bool, str, complex, type(None), torch.dtype, torch.device})
 
@@ -43,7 +50,7 @@ class Witness:
             key = storage_key(tensor)
             if key not in born and key not in self._known:
                 alias = shared_alias(tensor)
-                foreign[index] = alias, alias._version
+                foreign[index] = alias, version_of(alias)
         self._seen.append((plain, foreign))
 
     def change(self, position: int, args: tuple[Any, ...], kwargs: Any, own: set[int]) -> str:
@@ -76,7 +83,7 @@ class Witness:
 
 
 def _same(before: Tensor, version: int, now: Tensor) -> bool:
-    if before._version != version:
+    if version_of(before) != version:
         return False
     if not is_plain(now) or (before.shape, before.dtype) != (now.shape, now.dtype):
         return False
