@@ -22,10 +22,17 @@ def measure_states(model: Module, optimizer: torch.optim.Optimizer | None) -> St
     seen: set[int] = set()
     return States(
         param_bytes=_unique_bytes(parameters, seen),
-        grad_bytes=_unique_bytes((p.grad for p in parameters if p.grad is not None), seen),
+        grad_bytes=_unique_bytes(gradients(model), seen),
         buffer_bytes=_unique_bytes(model.buffers(), seen),
         optimizer_bytes=_unique_bytes(optimizer_tensors(optimizer), seen),
     )
+
+
+def gradients(model: Module) -> Iterator[Tensor]:
+    """Yield the gradients that exist; what functional_call put in a parameter's place may be no leaf."""
+    for p in model.parameters():
+        if p.is_leaf and p.grad is not None:
+            yield p.grad
 
 
 def expected_grad_bytes(model: Module) -> int:

@@ -12,7 +12,7 @@ from torch.autograd import Variable
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from memopt._states import expected_grad_bytes, measure_states
+from memopt._states import expected_grad_bytes, gradients, measure_states
 from memopt.activations.observe import RegionObserver
 from memopt.memory.meter import Meter
 from memopt.trace.live import States, StepFigures, build_step_trace
@@ -83,7 +83,7 @@ class Steps:
 
     def grad_bytes(self) -> int:
         """Bytes of gradients alive now."""
-        return sum(p.grad.nbytes for p in self._model.parameters() if p.grad is not None)
+        return sum(g.nbytes for g in gradients(self._model))
 
     @property
     def begun(self) -> bool:

@@ -91,7 +91,7 @@ class RecomputeContext:
     def __enter__(self) -> None:
         """Bring the region's world back to what it was at its forward."""
         frame = self._frame
-        frame.check_parameters()
+        frame.check_weights()
         frame.check_buffers()
         self._host.recompute_begins(frame)
         frame.landed.append(
@@ -110,6 +110,7 @@ class RecomputeContext:
             generator.set_state(state)
         entry.buffers = frame.swap_buffers()
         self._entries.append(entry)
+        frame.swap_weights(entry.undo)
         try:
             frame.surroundings.swap_in(entry.undo)
         except BaseException:
@@ -125,6 +126,7 @@ class RecomputeContext:
                 self._restore(self._entries.pop())
                 raise
             frame.swap_buffers()
+            frame.swap_weights(entry.undo)
             frame.surroundings.swap_in(entry.undo)
             frame.rng.restore()
             entry.rehearsal.watch()

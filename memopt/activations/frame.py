@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn import Module
 
 from memopt.activations.stored import Hollow, Stored
-from memopt.activations.surroundings import Surroundings
+from memopt.activations.surroundings import Surroundings, Undo
 from memopt.activations.tensors import graph_input, is_plain, storage_key, version_of
 from memopt.activations.witness import Witness
 from memopt.types.errors import RecomputeMismatchError
@@ -167,6 +168,35 @@ class InputSlot:
         return graph_input(tensor)
 
 
+class Weight:
+    """A parameter that a region's forward began with."""
+
+    __slots__ = ("address", "name", "owner", "tensor", "version")
+
+    def __init__(self, owner: Module, name: str, tensor: Tensor) -> None:
+        self.owner = owner
+        self.name = name
+        self.tensor = tensor
+        self.version = version_of(tensor)
+        self.address = tensor.data_ptr() if is_plain(tensor) else 0
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether its `data` is other memory now; DeepSpeed's ZeRO-3 gathers weights that way, and says so."""
+        if not self.address or hasattr(self.tensor, "ds_id"):
+            return False
+        return self.tensor.data_ptr() not in (self.address, 0)
+
+
+def _weights_of(modules: list[Module]) -> list[Weight]:
+    return [
+        Weight(owner, name, parameter)
+        for owner in modules
+        for name, parameter in owner._parameters.items()
+        if parameter is not None
+    ]
+
+
 def _buffers_of(modules: list[Module]) -> list[tuple[Module, str, Tensor]]:
     return [
         (owner, name, buffer)
@@ -176,13 +206,23 @@ def _buffers_of(modules: list[Module]) -> list[tuple[Module, str, Tensor]]:
     ]
 
 
+_MISSING = object()
+
+
+def _set_weight(parameters: dict[str, Any], name: str, value: Any) -> None:
+    if value is _MISSING:
+        parameters.pop(name, None)
+    else:
+        parameters[name] = value
+
+
 class Frame:
     """One region call between its forward and its backward."""
 
     __slots__ = (
         "__weakref__", "answers", "buffer_versions", "buffers", "call", "call_args", "completed",
-        "generators", "inputs", "landed", "module", "name", "ops", "parameters",
-        "pre_images", "previous", "rng", "skips", "surroundings", "witness",
+        "generators", "inputs", "landed", "module", "name", "ops", "pre_images", "previous",
+        "replaced", "rng", "skips", "surroundings", "weights", "witness",
     )  # fmt: skip
 
     def __init__(self, name: str, module: torch.nn.Module, rng: RngState) -> None:
@@ -196,7 +236,8 @@ class Frame:
         self.call_args: list[Any] | None = None
         self.pre_images: list[PreImage] = []
         modules = list(module.modules())
-        self.parameters = [(p, p._version) for p in module.parameters()]
+        self.weights = _weights_of(modules)
+        self.replaced: Weight | None = None
         self.buffers = _buffers_of(modules)
         self.buffer_versions: list[int] = []
         self.generators: dict[torch.Generator, Tensor] = {}
@@ -204,17 +245,23 @@ class Frame:
         self.previous: Any = None
         self.call: Callable[[list[Any]], Any] | None = None
         self.skips: RegionSkips | None = None
-        self.surroundings = Surroundings(modules, (p for p, _ in self.parameters))
+        self.surroundings = Surroundings(modules, (w.tensor for w in self.weights))
         self.witness: Witness | None = None
 
     def complete(self) -> None:
         """The forward returned: from now on a change of what it read is a change too late."""
         self.completed = True
         self.buffer_versions = [version_of(b) for _, _, b in self.buffers]
+        self.replaced = next((w for w in self.weights if w.is_replaced), None)
+        if not self.pre_images:
+            return
         written = {storage_key(image.target) for image in self.pre_images}
         for slot in self.inputs:
             if isinstance(slot, InputSlot) and slot.key in written and slot.source is not None:
                 slot.version = version_of(slot.source)
+        for weight in self.weights:
+            if is_plain(weight.tensor) and storage_key(weight.tensor) in written:
+                weight.version = version_of(weight.tensor)
 
     def writes_input(self) -> bool:
         """Whether the region's forward wrote to one of its arguments."""
@@ -246,35 +293,39 @@ class Frame:
             module._buffers[name] = buffer
         return later
 
-    def check_parameters(self) -> None:
-        """Raise where a weight is another one, or was written, since the forward."""
-        now = list(self.module.parameters())
-        same = len(now) == len(self.parameters) and all(
-            p is q and p._version == version
-            for p, (q, version) in zip(now, self.parameters, strict=True)
-        )
-        if same:
-            return
-        name = next(
-            (
-                n
-                for (n, p), (q, v) in zip(
-                    self.module.named_parameters(), self.parameters, strict=False
+    def check_weights(self) -> None:
+        """Raise where the recomputation cannot start from the weights that the forward began with."""
+        if self.replaced is not None:
+            raise RecomputeMismatchError(
+                f"the forward of region {self.name!r} gave {self._name(self.replaced)} other memory "
+                "(`.data = ...`), so the recomputation would start from other values; write into "
+                "it instead (with torch.no_grad(): weight.copy_(...))"
+            )
+        for weight in self.weights:
+            if version_of(weight.tensor) != weight.version:
+                raise RecomputeMismatchError(
+                    f"{self._name(weight)} of region {self.name!r} was modified in place between forward "
+                    "and backward, so the recomputation would use other weights; call backward "
+                    "before optimizer.step(), or assign a new parameter instead of writing into it"
                 )
-                if p is not q or p._version != v
-            ),
-            "a parameter",
-        )
-        raise RecomputeMismatchError(
-            f"{name} of region {self.name!r} was replaced or modified between forward and "
-            "backward, so the recomputation would use other weights; call backward before "
-            "optimizer.step(), and inside torch.func.functional_call"
-        )
+
+    def _name(self, weight: Weight) -> str:
+        names = (n for n, m in self.module.named_modules() if m is weight.owner)
+        return f"{next(names, '')}.{weight.name}".lstrip(".")
+
+    def swap_weights(self, undo: Undo) -> None:
+        """Put the weights that the forward began with in place: functional_call had others there."""
+        for weight in self.weights:
+            parameters = weight.owner._parameters
+            now = parameters.get(weight.name, _MISSING)
+            if now is not weight.tensor:
+                undo.append(partial(_set_weight, parameters, weight.name, now))
+                _set_weight(parameters, weight.name, weight.tensor)
 
     def watch(self) -> None:
         """Have the ops of this call witnessed (witness.py)."""
         known = {slot.key for slot in self.inputs if isinstance(slot, InputSlot)}
-        states = (*(p for p, _ in self.parameters), *(b for _, _, b in self.buffers))
+        states = (*(w.tensor for w in self.weights), *(b for _, _, b in self.buffers))
         known.update(storage_key(t) for t in states if is_plain(t))
         self.witness = Witness(known)
 
