@@ -98,7 +98,7 @@ class SlabBuilder:
 def unlock(slab: Slab, cudart: Cudart | None) -> None:
     """Unregister ``slab``: before its memory goes away, always."""
     if slab.is_locked and cudart is not None:
-        slab.is_locked = False
         error = cudart.host_unregister(slab.address)
+        slab.is_locked = False  # now: memory must not go away registered, whatever interrupts this
         if error:
             _log.warning("unlocking %d bytes of host memory failed: %s", slab.nbytes, error)

@@ -32,6 +32,7 @@ import torch
 from memopt.memory._buffer import HostBuffer, HostPoolFull, HostPoolStats
 from memopt.memory._builder import SlabBuilder, unlock
 from memopt.memory._cudart import Cudart, load_cudart
+from memopt.memory._returns import Returns
 from memopt.memory._slab import PAGE_BYTES, Slab
 from memopt.memory._trimmer import SlabTrimmer, unneeded
 from memopt.types.free_list import FreeList
@@ -86,7 +87,9 @@ class HostPool:
         self._chunk_bytes = _whole_pages(chunk_bytes)
         self._growth_bytes = _whole_pages(growth_bytes)
         self._huge_pages = huge_pages
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._returns = Returns(self._lock, self._take_back)
+        self._changed = self._returns.changed
         self._free = FreeList()
         self._slabs: list[Slab] = []
         self._next_base = PAGE_BYTES
@@ -104,9 +107,8 @@ class HostPool:
             self._cudart, reason = load_cudart(index)
         self._builder = SlabBuilder(num_threads, self._cudart, reason)
         self._trimmer = SlabTrimmer(self._cudart, self._slab_is_gone)
-        self._finalizer = weakref.finalize(
-            self, _unlock_all, self._slabs, self._cudart, os.getpid()
-        )
+        self._pid = os.getpid()
+        self._finalizer = weakref.finalize(self, _unlock_all, self._slabs, self._cudart, self._pid)
 
     def take(self, nbytes: int) -> HostBuffer:
         """Return a buffer of ``nbytes``; waits for slabs being locked and for buffers whose event is about to pass.
@@ -133,7 +135,7 @@ class HostPool:
         if nbytes < 0:
             raise ValueError(f"nbytes={nbytes} is negative")
         size = max(_whole_pages(nbytes), PAGE_BYTES)
-        with self._changed:
+        with self._returns, self._lock:
             while True:
                 if self._closed:
                     raise ValueError("the host pool is closed")
@@ -169,7 +171,7 @@ class HostPool:
         blocks = sorted(
             (_whole_pages(n) for n, count in sizes.items() for _ in range(count) if n), reverse=True
         )
-        with self._changed:
+        with self._returns, self._lock:
             if self._closed:
                 raise ValueError("the host pool is closed")
             self._call_back()
@@ -179,7 +181,7 @@ class HostPool:
 
     def trim(self) -> int:
         """Free every slab that no buffer uses; return the bytes that this gives back."""
-        with self._changed:
+        with self._returns, self._lock:
             self._reap()
             self._call_back()
             idle = [s for s in self._slabs if self._is_idle(s)]
@@ -194,7 +196,7 @@ class HostPool:
         calls back those whose turn has not come. Returns their bytes.
         """
         blocks = [_whole_pages(n) for n, count in sizes.items() for _ in range(count) if n]
-        with self._changed:
+        with self._returns, self._lock:
             if self._closed:
                 raise ValueError("the host pool is closed")
             self._reap()
@@ -210,7 +212,7 @@ class HostPool:
     @property
     def is_locking(self) -> bool:
         """Whether memory is being locked in the background."""
-        with self._changed:
+        with self._returns, self._lock:
             return bool(self._building)
 
     def settle(self) -> None:
@@ -219,14 +221,14 @@ class HostPool:
         Raises:
             MemoryError: the system has no memory for it.
         """
-        with self._changed:
+        with self._returns, self._lock:
             while self._building:
                 self._changed.wait()
             self._raise_error()
 
     def stats(self) -> HostPoolStats:
         """Return the levels now, the peaks, and the time that faulting and locking took."""
-        with self._changed:
+        with self._returns, self._lock:
             self._reap()
             return HostPoolStats(
                 cap_bytes=self.cap_bytes,
@@ -248,22 +250,26 @@ class HostPool:
             )
 
     def close(self) -> None:
-        """Wait for events and the device, unlock and free everything; tensors still held become pageable."""
-        with self._changed:
-            if self._closed:
-                return
+        """Wait for events and the device, unlock and free everything; tensors still held become pageable.
+
+        Safe to call twice, and again after a KeyboardInterrupt in here: the second call does what the first one left.
+        """
+        with self._returns, self._lock:
             self._call_back()
             while self._building or self._trimmer.is_busy:
                 self._changed.wait()
+            self._returns.enter_all()
             self._closed = True
-            cooling, self._cooling = self._cooling, []
+            cooling = list(self._cooling)
         for block in cooling:
             block.event.synchronize()
         self._builder.stop()
         self._trimmer.stop()
-        with self._changed:
+        with self._returns, self._lock:
             self._mapped = 0
-            self._finalizer()
+            self._cooling.clear()
+            _unlock_all(self._slabs, self._cudart, self._pid)
+            self._finalizer.detach()
 
     def __enter__(self) -> Self:
         return self
@@ -283,21 +289,25 @@ class HostPool:
         return HostBuffer(self, slab, base, nbytes)
 
     def _give_back(self, buffer: HostBuffer, event: Any) -> None:
-        size = max(_whole_pages(buffer.nbytes), PAGE_BYTES)
-        with self._changed:
-            self._in_use -= size
-            self._asked -= buffer.nbytes
-            self._num_buffers -= 1
-            if self._closed:
-                return
-            if event is None:
-                self._free.add(buffer._base, size)
-            else:
-                self._cooling.append(_Cooling(event, buffer._base, size))
-            self._changed.notify_all()
+        """Take a buffer back, from anywhere: a ``__del__`` may run inside of any method here, on its thread."""
+        self._returns.give((buffer._base, buffer.nbytes, event))
+
+    def _take_back(self, returned: tuple[int, int, Any]) -> None:
+        base, nbytes, event = returned
+        size = max(_whole_pages(nbytes), PAGE_BYTES)
+        self._in_use -= size
+        self._asked -= nbytes
+        self._num_buffers -= 1
+        if self._closed:
+            return
+        if event is None:
+            self._free.add(base, size)
+        else:
+            self._cooling.append(_Cooling(event, base, size))
 
     def _reap(self) -> None:
         """Make the buffers whose event has passed available; after some that have not, the rest is not asked."""
+        self._returns.enter_all()
         still: list[_Cooling] = []
         for i, block in enumerate(self._cooling):
             if block.event.query():
@@ -388,13 +398,13 @@ class HostPool:
         self._free.add(slab.base, slab.nbytes)
 
     def _slab_is_gone(self, slab: Slab) -> None:
-        with self._changed:
+        with self._returns, self._lock:
             self._mapped -= slab.nbytes
             self._trimmer.is_busy = False
             self._changed.notify_all()
 
     def _slab_is_built(self, slab: Slab, error: BaseException | None) -> None:
-        with self._changed:
+        with self._returns, self._lock:
             if error is None:
                 self._add(slab)
             else:

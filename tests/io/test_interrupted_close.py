@@ -17,7 +17,6 @@ from tests.io.conformance import MIB, num_threads, pages, soon
 from tests.io.test_uring import make_engine
 
 MOST_POINTS = 5000
-PACKAGE = os.sep.join(("memopt", "io", ""))
 
 
 def num_fds() -> int:
@@ -31,13 +30,15 @@ class Interrupt:
     call is taken as one step.
     """
 
-    def __init__(self, point: int) -> None:
+    def __init__(self, point: int, package: str = os.sep.join(("memopt", "io", ""))) -> None:
+        self.package = package
         self.left = point
         self.where = ""
 
     def __call__(self, frame, event, argument) -> None:
-        ours = PACKAGE in frame.f_code.co_filename
-        called = event == "call" and frame.f_back and PACKAGE in frame.f_back.f_code.co_filename
+        ours = self.package in frame.f_code.co_filename
+        back = frame.f_back
+        called = event == "call" and back and self.package in back.f_code.co_filename
         if not (ours and event in ("call", "return", "c_return")) and not called:
             return
         self.left -= 1
@@ -62,11 +63,11 @@ def _quiet(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
 
 
-def every_point(attempt: Callable[[Interrupt], None]) -> int:
+def every_point(attempt: Callable[[Interrupt], None], **options: str) -> int:
     """Call ``attempt`` with one interrupt after the other until they come too late; return how many struck."""
     last = 0
     for point in range(1, MOST_POINTS):
-        interrupt = Interrupt(point)
+        interrupt = Interrupt(point, **options)
         attempt(interrupt)
         if interrupt.where:
             last = point
