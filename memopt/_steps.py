@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -97,8 +97,8 @@ class Steps:
 
     def watch(self, output: Any) -> None:
         """Notice when backward reaches the model's output."""
-        for leaf in pytree.tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
+        for leaf in _tensors_of(output):
+            if leaf.requires_grad and leaf.grad_fn is not None:
                 leaf.register_hook(self._hook)
 
     def _hook(self, _: Tensor) -> None:
@@ -126,6 +126,8 @@ class Steps:
         """`optimizer.step()` begins."""
         self.peak_bytes = max(self.peak_bytes, self._peak())
         self._optimizer_mark = self._meter.mark()
+        if self.begun and not self.saw_backward:  # the root returned nothing that could be watched
+            self.saw_backward = next(gradients(self._model), None) is not None
 
     def end_optimizer(self) -> None:
         """It ended."""
@@ -234,3 +236,12 @@ class Steps:
             else:
                 self._times.append(seconds)
         self._spans.clear()
+
+
+def _tensors_of(value: Any, depth: int = 2) -> Iterator[Tensor]:
+    """Yield the tensors in what a model returns: containers, dataclasses, objects with attributes."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif depth and not isinstance(leaf, (Module, type)):
+            yield from _tensors_of(list(getattr(leaf, "__dict__", {}).values()), depth - 1)

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -72,9 +74,15 @@ class PatchedForward:
         """Run the region, or the plain forward where nothing is to be saved.
 
         Inside torch.func's transforms and forward-mode AD, too: they do without saved tensors' hooks
-        and storages.
+        and storages. A shallow copy of the module (`copy.copy`, DataParallel's replicas) shares this
+        object: it is called with its own weights.
         """
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
+        if torch.compiler.is_compiling():
+            return self.plain(*args, **kwargs)
+        owner = _called_module(sys._getframe(1))
+        if owner is not None and owner is not self.module and self.replaces_nothing:
+            return type(owner).forward(owner, *args, **kwargs)
+        if not torch.is_grad_enabled() or _is_transformed():
             return self.plain(*args, **kwargs)
         return self._handler(self, args, kwargs)
 
@@ -90,6 +98,16 @@ class PatchedForward:
         if self.previous is not _MISSING:
             return copy.copy, (self.previous,)
         return getattr, (self.module, "forward")
+
+
+_MODULE_FILE = Module._call_impl.__code__.co_filename
+
+
+def _called_module(caller: FrameType) -> Module | None:
+    """Return the module of which this is the forward; None where it was not called through `Module.__call__`."""
+    if caller.f_code.co_filename != _MODULE_FILE:
+        return None
+    return caller.f_locals.get("self")
 
 
 def _run_plain(patch: PatchedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -324,3 +327,74 @@ def test_regions_called_alone_are_not_numbered_for_ever():
 def test_regions_that_make_no_sense_are_refused(spec):
     with pytest.raises(memopt.ConfigError, match=r"name.* module"):
         memopt.start(Net(Sines), regions=spec)
+
+
+# ------------------------------------------------------------------------------------------------ copies of a moment
+@EACH
+@pytest.mark.parametrize("kind", ["copy", "replica"])
+def test_shallow_copies_compute_with_their_own_weights(kind, placement):
+    """Without it: the copy's output was that of the module which it was made from."""
+
+    def step(model, i):
+        first, second = model.layers[0], model.layers[1]
+        twin = copy.copy(first) if kind == "copy" else first._replicate_for_data_parallel()
+        twin._modules = {**first._modules, "a": second.a}
+        with torch.no_grad():
+            evaluated = twin(batch(i))
+        hook = twin.register_forward_hook(lambda *_: None)  # another way through Module.__call__
+        outputs = [model(batch(i)), twin(batch(i)), twin(h=batch(i)), evaluated]
+        hook.remove()
+        sum(o.square().mean() for o in outputs).backward()
+        return outputs
+
+    class Named(Sines):
+        def forward(self, h: Tensor) -> Tensor:
+            return super().forward(h)
+
+    assert_bitwise(program(Named, step), placement)
+
+
+class Result:
+    """What a model may return."""
+
+    def __init__(self, loss: Tensor) -> None:
+        self.inner = SimpleNamespace(loss=loss)
+
+
+@dataclasses.dataclass
+class Output:
+    """The same, as a dataclass."""
+
+    inner: object
+
+
+class Returning(Net):
+    """Returns its loss in an object that is no container, or leaves it in an attribute."""
+
+    kind = ""
+
+    def forward(self, x: Tensor) -> object:
+        loss = super().forward(x).square().mean()
+        if self.kind == "attribute":
+            self.inner = SimpleNamespace(loss=loss)
+            return None
+        return Output(inner=Result(loss).inner) if self.kind == "dataclass" else Result(loss)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [("dataclass", True), ("object", False), ("dataclass", False), ("attribute", True)],
+)
+def test_steps_of_a_model_that_returns_an_object_are_counted(kind, given):
+    """Where nothing had to be placed, the report told of one step whatever the loop did."""
+    torch.manual_seed(0)
+    model = Returning(Sines)
+    model.kind = kind
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with memopt.optimize(model, optimizer if given else None) as run:
+        for i in range(5):
+            returned = model(batch(i)) or model
+            returned.inner.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert run.report().num_steps == 5
