@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 from memopt.io.engine import Ticket
 from memopt.io.pieces import Kind
 
-__all__ = ["Extent", "Pending", "Run"]
+__all__ = ["Extent", "ExtentStats", "Pending", "Run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,24 @@ class Extent:
     freed: bool = False
     failed: Ticket | None = None  # a write that did not reach the disk
     pending: list[Pending] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    """Held by who starts a transfer, so that two threads see each other's."""
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes taken from the budget: ``nbytes`` rounded up to the file's unit."""
         return sum(run.nbytes for run in self.runs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtentStats:
+    """Bytes of all directories. ``reserved`` is on disk, ``in_use`` belongs to extents (rounded up to units)."""
+
+    budget_bytes: int
+    reserved_bytes: int
+    in_use_bytes: int
+    asked_bytes: int
+    peak_bytes: int
+    written_bytes: int
+    read_bytes: int
+    num_extents: int

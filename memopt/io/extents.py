@@ -17,14 +17,14 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from memopt.io.areas import Area, ExtentStoreFull, open_area
 from memopt.io.buffers import Buffer, BufferView, RawBuffer, view_of
 from memopt.io.depth import depth_for
 from memopt.io.engine import Engine, EngineName, Ticket, fresh, open_engine
-from memopt.io.extent import Extent, Pending, Run
+from memopt.io.extent import Extent, ExtentStats, Pending, Run
 from memopt.io.files import IoFile
 from memopt.io.pieces import Kind, Transfer
 
@@ -34,22 +34,11 @@ if TYPE_CHECKING:
 __all__ = ["Extent", "ExtentStats", "ExtentStore", "ExtentStoreFull"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExtentStats:
-    """Bytes of all directories. ``reserved`` is on disk, ``in_use`` belongs to extents (rounded up to units)."""
-
-    budget_bytes: int
-    reserved_bytes: int
-    in_use_bytes: int
-    asked_bytes: int
-    peak_bytes: int
-    written_bytes: int
-    read_bytes: int
-    num_extents: int
-
-
 class ExtentStore:
     """Extents in one or several directories, moved by one engine. Thread-safe.
+
+    Threads that use one extent take turns: each transfer waits for those before it that touch the same units (two reads
+    do not), in the order in which the calls got the extent. Only :meth:`free` is for whoever uses an extent last.
 
     Args:
         directories: pairs of a directory and the bytes it may hold.
@@ -269,6 +258,21 @@ class ExtentStore:
         start: Callable[[list[Transfer]], Ticket] | None = None,
     ) -> Ticket:
         views = [view_of(buffer, writable=kind == "read") for _, buffer, _ in items]
+        with (
+            ExitStack() as one_at_a_time
+        ):  # in one order, so that two batches do not wait for each other
+            for extent in sorted({extent for extent, _, _ in items}, key=id):
+                one_at_a_time.enter_context(extent.lock)
+            return self._submit_views(kind, items, views, start or self.engine.submit)
+
+    def _submit_views(
+        self,
+        kind: Kind,
+        items: Sequence[tuple[Extent, Buffer, int]],
+        views: Sequence[BufferView],
+        start: Callable[[list[Transfer]], Ticket],
+    ) -> Ticket:
+        """From the look at what is in flight to the entry of what is added, nobody else may use these extents."""
         for (extent, _, offset), view in zip(items, views, strict=True):
             self._check_range(kind, extent, offset, view.nbytes)
             self._wait_for_conflicts(kind, extent, offset, offset + view.nbytes)
@@ -277,7 +281,7 @@ class ExtentStore:
             for (extent, _, offset), view in zip(items, views, strict=True)
             for transfer in self._transfers(kind, extent, offset, view)
         ]
-        ticket = (start or self.engine.submit)(transfers)
+        ticket = start(transfers)
         with self._lock:
             for (extent, _, offset), view in zip(items, views, strict=True):
                 self._enter(kind, extent, offset, view.nbytes, ticket)

@@ -138,6 +138,61 @@ def test_a_failed_write_is_never_read_as_data_and_can_be_repeated(
         assert back == data
 
 
+def test_two_threads_on_one_extent_see_each_others_transfers(tmp_path, engine):
+    """A read that begins while another thread is starting a write waits for that write."""
+    with ExtentStore([(tmp_path, 8 * MIB)], engine) as store:
+        old, new, back = pages(MIB), pages(MIB), bytearray(MIB)
+        extent = store.alloc(MIB)
+        store.write(extent, old).wait()
+        here, go, real = threading.Event(), threading.Event(), store._transfers
+
+        def slow(kind, *arguments):
+            if kind == "write":  # what is in flight was looked at; this write is not yet
+                here.set()
+                assert go.wait(20)
+            return real(kind, *arguments)
+
+        store._transfers = slow
+        writer = threading.Thread(target=lambda: store.write(extent, new))
+        reader = threading.Thread(target=lambda: store.read(extent, back).wait())
+        writer.start()
+        assert here.wait(20)
+        reader.start()
+        reader.join(0.2)
+        assert reader.is_alive()
+        go.set()
+        writer.join(20)
+        reader.join(20)
+        assert back == new
+
+
+def test_batches_of_many_threads_on_the_same_extents(tmp_path, engine):
+    """In every order of the extents; each ends as the bytes of one thread."""
+    with ExtentStore([(tmp_path, 8 * MIB)], engine) as store:
+        extents = [store.alloc(200_000) for _ in range(3)]
+        failures = []
+
+        def work(number: int) -> None:
+            try:
+                order = random.Random(number).sample(extents, 3)
+                content = bytes([number]) * 200_000
+                for _ in range(30):
+                    store.write_batch([(extent, content) for extent in order]).wait()
+                    backs = [(extent, bytearray(200_000)) for extent in reversed(order)]
+                    store.read_batch(backs).wait()
+                    assert all(len(set(back)) == 1 for _, back in backs)
+            except BaseException as error:
+                failures.append(error)
+
+        workers = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(6)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+        assert not any(worker.is_alive() for worker in workers), "they wait for each other"
+        assert failures == []
+
+
 def test_parts_of_an_extent(tmp_path, engine):
     with ExtentStore([(tmp_path, 8 * MIB)], engine) as store:
         data, extent = pages(50_000), store.alloc(50_000)
