@@ -1,4 +1,7 @@
-"""Train a small model for three steps under DeepSpeed ZeRO-3; ``nvme`` puts its states on disk through memopt."""
+"""Train a small model for three steps under DeepSpeed ZeRO-3; ``nvme`` puts its states on disk through memopt.
+
+``pipelined`` does so with DeepSpeed's swapper that reads the next group and writes the last one beside the step.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ import torch
 directory, how = sys.argv[1:]
 zero: dict = {"stage": 3, "sub_group_size": 1_000_000}
 handles = []
-if how == "nvme":
+if how != "none":
     from deepspeed.ops.op_builder.builder import OpBuilder
 
     from memopt.integrations.deepspeed_aio import LockedTensors, op_modules
@@ -36,6 +39,12 @@ if how == "nvme":
     sys._deepspeed_pin_memory_op_module = pin_memory
     nvme = {"device": "nvme", "nvme_path": directory, "pin_memory": False}
     zero["offload_optimizer"] = {**nvme, "buffer_count": 5}
+    if how == "pipelined":
+        zero["offload_optimizer"] |= {
+            "buffer_count": 15,
+            "pipeline_read": True,
+            "pipeline_write": True,
+        }
     zero["offload_param"] = {**nvme, "buffer_size": 2_000_000, "max_in_cpu": 0}
 
 import deepspeed  # noqa: E402
@@ -61,5 +70,6 @@ for step in range(3):
     engine.step()
     losses.append(loss.item().hex())
 print("losses", *losses)
+print("swapper", type(getattr(engine.optimizer, "optimizer_swapper", None)).__name__)
 print("written", sum(handle.engine.stats().written_bytes for handle in handles), flush=True)
 os._exit(0)

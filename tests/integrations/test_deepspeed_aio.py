@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,27 +145,32 @@ def test_a_full_disk_stops_deepspeeds_async_swapper(handle, disk, monkeypatch): 
         handle.wait()
 
 
+@pytest.fixture(scope="module")
+def zero_3(tmp_path_factory):
+    """Run the script and return what it printed, by its first words."""
+    pytest.importorskip("deepspeed")
+    script = Path(__file__).with_name("_zero3.py")
+
+    @functools.cache
+    def run(how: str) -> dict[str, str]:
+        command = [sys.executable, str(script), str(tmp_path_factory.mktemp(how)), how]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if " " in line)
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_zero_3_trains_on_nvme_through_the_handle(tmp_path):
+@pytest.mark.parametrize(
+    ("how", "swapper"),
+    [("nvme", "PartitionedOptimizerSwapper"), ("pipelined", "PipelinedOptimizerSwapper")],
+)
+def test_zero_3_trains_on_nvme_through_the_handle(zero_3, how, swapper):
     """A ZeRO-3 run with optimizer and parameters on disk gives the losses of the run without offloading."""
-    pytest.importorskip("deepspeed")
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    script = Path(__file__).with_name("_zero3.py")
-    runs = [
-        subprocess.run(
-            [sys.executable, script, str(tmp_path), how],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        for how in ("none", "nvme")
-    ]
-    assert [run.returncode for run in runs] == [0, 0], runs[1].stderr[-2000:]
-    losses = [[x for x in run.stdout.splitlines() if x.startswith("losses")] for run in runs]
-    assert losses[0] == losses[1]
-    assert "written" in runs[1].stdout
-    assert int(runs[1].stdout.split("written")[1].split()[0]) > 10 * MIB
+    without, offloaded = zero_3("none"), zero_3(how)
+    assert offloaded["losses"] == without["losses"]
+    assert (without["swapper"], offloaded["swapper"]) == ("NoneType", swapper)
+    assert int(without["written"]) == 0
+    assert int(offloaded["written"]) > 10 * MIB
