@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from memopt.io.engine import Ticket
 from memopt.io.pieces import Kind
 
-__all__ = ["Extent", "ExtentStats", "Pending", "Run"]
+__all__ = ["Extent", "ExtentStats", "Pending", "Run", "interleaved"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,20 @@ class Run:
     area_index: int
     offset: int
     nbytes: int
+
+
+def interleaved(runs: Sequence[Run], stripe_bytes: int) -> list[Run]:
+    """Cut runs into stripes and take them from one file after the other, so that any long part is on all disks."""
+    if len({run.area_index for run in runs}) < 2:
+        return list(runs)
+    stripes: dict[int, list[Run]] = {}
+    for run in runs:
+        for begin in range(0, run.nbytes, stripe_bytes):
+            nbytes = min(stripe_bytes, run.nbytes - begin)
+            stripe = Run(run.area_index, run.offset + begin, nbytes)
+            stripes.setdefault(run.area_index, []).append(stripe)
+    rows = zip_longest(*stripes.values())
+    return [stripe for row in rows for stripe in row if stripe is not None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 An extent is where one spilled tensor lives. Its space is reserved on the disk (``fallocate``) before ``alloc`` returns,
 so a full disk is refused while the data is still in memory, never in the middle of a write. The file grows in steps up
 to the directory's budget and is reused from step to step. With several directories, large extents are striped over all
-of them (one contiguous run each, so both the transfers and the disks stay sequential) and small ones go round robin.
+of them (one contiguous run each, taken in turns of 4 MiB, so that the disks stay sequential and no part of a tensor has
+to wait for one of them alone) and small ones go round robin.
 A budget is never lost to fragmentation: an extent that finds no hole of its size is made of several.
 
 Limits: file systems that copy on write (btrfs, zfs) do not honour the reservation; there a full disk still surfaces as
@@ -24,7 +25,7 @@ from memopt.io.areas import Area, ExtentStoreFull, open_area
 from memopt.io.buffers import Buffer, BufferView, RawBuffer, view_of
 from memopt.io.depth import depth_for
 from memopt.io.engine import Engine, EngineName, Ticket, fresh, open_engine
-from memopt.io.extent import Extent, ExtentStats, Pending, Run
+from memopt.io.extent import Extent, ExtentStats, Pending, Run, interleaved
 from memopt.io.files import IoFile
 from memopt.io.pieces import Kind, Transfer
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["Extent", "ExtentStats", "ExtentStore", "ExtentStoreFull"]
+
+_STRIPE_BYTES = 4 << 20
+"""Of one directory before the next one follows: half of what keeps a disk busy (``depth.py``)."""
 
 
 class ExtentStore:
@@ -117,7 +121,7 @@ class ExtentStore:
             available = self._available_bytes()
             if need > available:
                 raise self._full(nbytes, available)
-            extent = Extent(nbytes=nbytes, runs=tuple(self._take(need)))
+            extent = Extent(nbytes=nbytes, runs=tuple(interleaved(self._take(need), _STRIPE_BYTES)))
             self._live.add(extent)
             if counted:
                 self._peak_bytes = max(self._peak_bytes, self._in_use_bytes())

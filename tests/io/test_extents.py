@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import random
 import subprocess
@@ -272,6 +273,47 @@ def test_large_extents_are_striped_and_small_ones_go_round(two, engine):
         assert back == data
         sizes = [os.fstat(file.buffered_fd).st_size for file in store.files]
         assert min(sizes) >= 2 * MIB
+
+
+def test_every_part_of_a_large_extent_is_on_all_disks(two, engine):
+    with ExtentStore([(two[0], 64 * MIB), (two[1], 48 * MIB)], engine) as store:
+        small = store.alloc(PAGE)
+        extent, data = store.alloc(70 * MIB + 5), pages(70 * MIB + 5)
+        areas = [run.area_index for run in extent.runs[:16]]
+        assert areas in ([0, 1] * 8, [1, 0] * 8)
+        assert max(run.nbytes for run in extent.runs) == 4 * MIB
+        for index in range(2):  # the disks stay sequential
+            own = [run for run in extent.runs if run.area_index == index]
+            assert all(a.offset + a.nbytes == b.offset for a, b in itertools.pairwise(own))
+        for begin in range(0, len(data), 16 * MIB):
+            store.write(extent, data[begin : begin + 16 * MIB], offset=begin)
+        back = bytearray(len(data))
+        store.read(extent, back).wait()
+        assert back == data
+        store.free(extent)
+        assert store.stats().in_use_bytes == small.allocated_bytes
+        assert all(area.free.largest_bytes > 30 * MIB for area in store._areas)  # whole again
+
+
+def test_a_slow_disk_does_not_keep_the_others_idle(two, monkeypatch):
+    """All that is in flight of one tensor must not be on one of them."""
+    go, real, done = threading.Event(), threads._call, set()
+
+    def slow(piece, part, offset, **options):
+        if piece.file is store.files[0]:
+            assert go.wait(20)
+        moved = real(piece, part, offset, **options)
+        done.add(piece.file)
+        return moved
+
+    monkeypatch.setattr(threads, "_call", slow)
+    with ExtentStore([(two[0], 96 * MIB), (two[1], 96 * MIB)], "threads") as store:
+        ticket = store.write(store.alloc(128 * MIB), pages(128 * MIB, fill=bytes(128 * MIB)))
+        try:
+            assert soon(lambda: done == {store.files[1]})
+        finally:
+            go.set()
+        ticket.wait()
 
 
 def test_unequal_directories_are_used_up_to_the_last_byte(two, engine):
