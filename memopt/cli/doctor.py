@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from memopt.cli.probe import SSD_OPTION
+from memopt.cli.probe import ssd_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +32,7 @@ _MARKS = {
 
 
 @click.command("doctor")
-@SSD_OPTION
+@ssd_option("Several are looked at one by one.")
 @click.option("--quick", is_flag=True, help="Do not measure rates.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the answers as JSON; progress goes to stderr."

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -18,17 +18,22 @@ if TYPE_CHECKING:
     from memopt._probing import ProbeResult, Progress
     from memopt.io import EngineName
 
-SSD_OPTION = click.option(
-    "--ssd",
-    "ssd",
-    multiple=True,
-    metavar="DIR[:SIZE]",
-    help="A spill directory, as in memopt.Budget; at most SIZE bytes are written. Several are measured together too.",
-)
+FC = TypeVar("FC", bound=Callable[..., Any])
+
+
+def ssd_option(several: str) -> Callable[[FC], FC]:
+    """Return the option that names directories; `several` says what becomes of more than one."""
+    return click.option(
+        "--ssd",
+        "ssd",
+        multiple=True,
+        metavar="DIR[:SIZE]",
+        help=f"A spill directory, as in memopt.Budget; at most SIZE bytes are written. {several}",
+    )
 
 
 @click.command("probe")
-@SSD_OPTION
+@ssd_option("Several are measured one by one, then together.")
 @click.option("--device", default=None, help="cuda, cuda:N or cpu; default: the first CUDA device.")
 @click.option(
     "--engine",
@@ -106,6 +111,7 @@ def parse_directories(requests: Sequence[str]) -> list[tuple[str, int]]:
     from memopt._probing import PROBE_SSD_BYTES
     from memopt.memory.host import inspect_directory, resolve_budget
     from memopt.types.budget import Budget
+    from memopt.types.errors import ConfigError
 
     spelled = []
     for request in requests:
@@ -113,8 +119,13 @@ def parse_directories(requests: Sequence[str]) -> list[tuple[str, int]]:
         if directory.is_dir():
             free_bytes = inspect_directory(str(directory)).free_bytes
             spelled.append(f"{request}:{max(1, min(PROBE_SSD_BYTES, free_bytes // 4))}B")
-        else:  # without a size it is no directory: resolving says so
-            spelled.append(request if ":" in request else f"{request}:1MiB")
+        elif ":" in request:  # what is wrong with it, resolving says
+            spelled.append(request)
+        else:
+            wrong = (
+                "is not a directory" if directory.exists() else "does not exist; create it first"
+            )
+            raise ConfigError(f"--ssd {request}: {directory} {wrong}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of directories in memory; the result says so
         budget = resolve_budget(

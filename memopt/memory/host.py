@@ -59,9 +59,12 @@ def host_facts(*, proc: Path = Path("/proc/self"), root: Path = Path("/")) -> Ho
 
 
 def cgroup_version(*, proc: Path = Path("/proc/self"), root: Path = Path("/")) -> int | None:
-    """Return 1 or 2, the version of the cgroups that can limit memory here; None where there are none."""
+    """Return 1 or 2, the version of the cgroups that can limit memory here; None where there are none.
+
+    Where both are mounted it is 1: a controller that a hierarchy of v1 has is no part of v2's.
+    """
     files = [files for _, _, files in _cgroup_mounts(proc, root)]
-    return None if not files else 2 if _V2 in files else 1
+    return None if not files else 1 if _V1 in files else 2
 
 
 def resolve_budget(

@@ -59,7 +59,11 @@ def test_a_cache_that_is_off_is_told(home, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--ssd", "/no/such/place"), "/no/such/place does not exist; create it first"),
+        (
+            ("--ssd", "/no/such/place"),
+            "--ssd /no/such/place: /no/such/place does not exist; create",
+        ),
+        (("--ssd", "/proc/self/stat"), "--ssd /proc/self/stat: /proc/self/stat is not a directory"),
         (("--ssd", "/no/such/place:1GiB"), "/no/such/place does not exist; create it first"),
         (("--ssd", "/:24G"), "unknown unit 'G'"),
         (("--device", "tpu"), "no device"),

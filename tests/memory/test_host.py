@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from memopt.memory.host import (
+    cgroup_version,
     host_facts,
     inspect_directory,
     peak_resident_bytes,
@@ -55,6 +56,14 @@ def test_the_least_room_of_all_levels_counts(tmp_path, version):
     facts = host_facts(proc=proc, root=tmp_path)
     assert facts.limit_bytes == 2 * GIB
     assert facts.free_bytes == min(GIB, psutil.virtual_memory().available)
+
+
+def test_where_both_versions_are_mounted_the_first_limits_memory(tmp_path):
+    proc = fake_proc(tmp_path, path="/job", version=1, mount="/sys/fs/cgroup/memory")
+    with (proc / "mountinfo").open("a") as mounts:
+        mounts.write("36 31 0:33 / /sys/fs/cgroup/unified rw shared:10 - cgroup2 cgroup2 rw\n")
+    assert "0::" in (proc / "cgroup").read_text()
+    assert cgroup_version(proc=proc, root=tmp_path) == 1
 
 
 def test_in_a_container_the_mount_shows_only_our_part(tmp_path):
