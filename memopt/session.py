@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import Module
 
+from memopt._forks import leave_in_children
 from memopt._planning import Planner, first_plan, read_plan
 from memopt._refusal import BudgetGuard
 from memopt._replanning import Replanning
@@ -146,6 +147,7 @@ class Session:
         self._checkpointing = CheckpointingOff(self.model)
         self._exit.callback(self._checkpointing.restore)
         self._note_checkpointing()
+        leave_in_children(self._exit)
         engine.attach()
         self._exit.callback(engine.detach)
         root = PatchedForward(self.model, "", self._root_call).install()

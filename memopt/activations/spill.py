@@ -27,6 +27,7 @@ from memopt.activations.tensors import flat_elements, nbytes_of
 from memopt.io import DiskFull, ExtentStore, ExtentStoreFull, RawBuffer
 from memopt.io.engine import fresh
 from memopt.memory.pinned import HostBuffer, HostPool
+from memopt.types.errors import IoEngineUnavailable
 
 if TYPE_CHECKING:
     from memopt.activations.transfers import Moved
@@ -48,6 +49,15 @@ class SpillArea:
         self._writing: deque[StagedWrite] = deque()
         self._waiter: ThreadPoolExecutor | None = None
         self._dropped: deque[tuple[Any, HostBuffer | None, Any | None]] = deque()
+        self._pid = os.getpid()
+
+    def check_process(self) -> None:
+        """Raise in a forked child: the threads that read and write stayed with the parent."""
+        if os.getpid() != self._pid:
+            raise IoEngineUnavailable(
+                f"this graph's tensors went to SSD in process {self._pid} and this is a fork of it "
+                f"({os.getpid()}), which cannot read them: call backward where forward ran"
+            )
 
     def stage(self, nbytes: int, *, wait: bool = True) -> HostBuffer | None:
         """Return a staging buffer, waiting for the oldest writes while there is none."""
@@ -262,6 +272,7 @@ class SpillStored:
         """Start the read when a staging buffer is free."""
         if self._extent is None:
             return 0
+        self._area.check_process()
         if self._reading is None:
             buffer = self._area.stage(self.nbytes, wait=False)
             if buffer is None:
@@ -300,6 +311,7 @@ class SpillStored:
             raise fresh(self._lost)
         if self._home is not None:
             return self._home.clone()
+        self._area.check_process()
         if self._reading is None:
             buffer = self._area.stage(self.nbytes)
             if buffer is None:
