@@ -62,6 +62,17 @@ struct alignas(16) Pack {
 template <typename T>
 constexpr int kWidth = 16 / sizeof(T);
 
+// A pack's number j; of two bfloat16 in a word, each takes one instruction.
+template <typename T, int kCount>
+__device__ __forceinline__ float number_of(const Pack<T, kCount>& pack, int j) {
+  return to_float(pack.value[j]);
+}
+template <int kCount>
+__device__ __forceinline__ float number_of(const Pack<__nv_bfloat16, kCount>& pack, int j) {
+  uint32_t pair = reinterpret_cast<const uint32_t*>(&pack)[j / 2];
+  return __uint_as_float(j % 2 ? pair & 0xFFFF0000u : pair << 16);
+}
+
 template <typename T, int kCount = kWidth<T>>
 __device__ __forceinline__ Pack<T, kCount> load_pack(const T* from) {
   Pack<T, kCount> result;
@@ -78,6 +89,14 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, kCount>& from) {
   for (int i = 0; i < static_cast<int>(sizeof(from)) / 16; ++i) {
     __stcs(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(&from)[i]);
   }
+}
+
+// Have the 32 bytes around an address brought to the first-level cache.
+__device__ __forceinline__ void prefetch(const void* address) {
+#if defined(__CUDA_ARCH__)
+  uint32_t ignored;
+  asm volatile("ld.global.ca.u8 %0, [%1];" : "=r"(ignored) : "l"(address));
+#endif
 }
 
 __device__ __forceinline__ bool aligned16(const void* pointer) {
@@ -105,12 +124,18 @@ __device__ __forceinline__ float free_update(float g, const Scalars& s) {
   return -s.free_step * direction;
 }
 
+// step * sign_of(g), but for the sign of a zero, which adding to a weight does not show.
+__device__ __forceinline__ float signed_step(float g, float step) {
+  uint32_t sign = __float_as_uint(g) & 0x80000000u;
+  return fabsf(g) > 0.0f ? __uint_as_float(__float_as_uint(step) ^ sign) : g;
+}
+
 // Call body(update of a raw gradient), the rule and the direction being decided once for all.
 template <typename Body>
 __device__ __forceinline__ void with_free_rule(const Scalars& s, Body body) {
   float step = s.maximize ? s.free_step : -s.free_step;
   if (s.free_rule == MEMOPT_SIGN) {
-    body([=](float g) { return step * sign_of(g); });
+    body([=](float g) { return signed_step(g, step); });
   } else if (s.free_rule == MEMOPT_SGD) {
     body([=](float g) { return step * g; });
   } else {
@@ -139,20 +164,26 @@ __device__ __forceinline__ float apply(float w, float update, const Scalars& s) 
   return w + fmaf(-s.decay, w, update);
 }
 
-// One weight: with rounding kahan, `c` is its compensation.
+// One weight that was `old`: with rounding kahan, `c` is its compensation.
 template <typename T, int kRounding>
-__device__ __forceinline__ void apply_rounded(T& w, T& c, float update, const Scalars& s,
+__device__ __forceinline__ void apply_rounded(float old, T& w, T& c, float update, const Scalars& s,
                                               uint32_t tag, uint64_t element) {
   if constexpr (kRounding == MEMOPT_KAHAN) {
-    float result = apply(to_float(w) + to_float(c), update, s);
+    float result = apply(old + to_float(c), update, s);
     w = from_float<T>(result);
     c = from_float<T>(result - to_float(w));
   } else if constexpr (kRounding == MEMOPT_STOCHASTIC) {
     uint32_t bits = random_bits(tag, s.call_tag, element) & 0xFFFFu;
-    w = from_float_stochastic<T>(apply(to_float(w), update, s), bits);
+    w = from_float_stochastic<T>(apply(old, update, s), bits);
   } else {
-    w = from_float<T>(apply(to_float(w), update, s));
+    w = from_float<T>(apply(old, update, s));
   }
+}
+
+template <typename T, int kRounding>
+__device__ __forceinline__ void apply_rounded(T& w, T& c, float update, const Scalars& s,
+                                              uint32_t tag, uint64_t element) {
+  apply_rounded<T, kRounding>(to_float(w), w, c, update, s, tag, element);
 }
 
 // Moments back in the weights' dtype; `number` is 0 for the first, 1 for the second.

@@ -272,14 +272,15 @@ __global__ void __launch_bounds__(kThreads, kLayout == kRuns && kRounding == MEM
       run_uniform<T, kRounding, true>(c, aligned, state + distance);
     } else if (kind == MEMOPT_SEGMENT_COLUMNS) {
       const int2* words = reinterpret_cast<const int2*>(launch.index + key);
-      run_tiles<T, kRounding>(c, aligned, tiles[threadIdx.x / 32], ColumnSlots(state, a, b, words));
+      ColumnSlots columns(state, a, b, words, c.element);
+      run_tiles<T, kRounding>(c, aligned, tiles[threadIdx.x / 32], columns);
     } else if (kind == MEMOPT_SEGMENT_ROWS) {
       uint64_t row = c.element / a;
       uint32_t column = static_cast<uint32_t>(c.element - row * a);
       RowSlots rows{state, row, column, static_cast<uint32_t>(a), launch.index + key};
       run_rows<T, kRounding>(c, aligned, rows);
     } else {
-      StrataSlots strata(state, a, b, key, __ldg(f + MEMOPT_FIELD_OFFSET));
+      StrataSlots strata(state, a, b, key, __ldg(f + MEMOPT_FIELD_OFFSET), c.element);
       run_tiles<T, kRounding>(c, aligned, tiles[threadIdx.x / 32], strata);
     }
   }

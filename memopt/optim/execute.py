@@ -64,7 +64,10 @@ def why_not_native(
     bucket: Bucket, settings: Settings, rules: tuple[StateFullRule, StateFreeRule]
 ) -> str:
     """Return why a bucket is not stepped by the kernel; empty if it is. Cached with the bucket."""
-    key = (settings.selection, settings.quantize, settings.split, rules[0].name, rules[1].name)
+    key = (
+        settings.selection, settings.quantize, settings.split, settings.current_density,
+        rules[0].name, rules[1].name,
+    )  # fmt: skip
     if bucket.refusals.get(key) is None:
         bucket.refusals[key] = native.refusal(bucket, settings, *rules)
     return bucket.refusals[key]

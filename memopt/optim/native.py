@@ -23,9 +23,12 @@ from memopt.optim.rules import StateFreeRule, StateFullRule
 from memopt.optim.selections.axes import ChosenColumns, ChosenRows
 from memopt.optim.selections.coordinates import Strata
 from memopt.optim.settings import Settings
+from memopt.optim.tensors import share
 
 _FREE, _FULL = int(Kind.FREE), int(Kind.FULL)
 _SIZE, _FIRST_CHUNK = int(Field.SIZE), int(Field.FIRST_CHUNK)
+# StrataSlots in csrc/cuda/frugal_tiles.cuh counts strata, and distances near a tile, in 32 bits.
+MOST_STRATA, LONGEST_STRATUM = 2**31, 2**22
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -43,10 +46,22 @@ def refusal(  # noqa: PLR0911 - one return a reason
         return f"{len(bucket.entries)} tensors in a group, the kernel takes {op.MAX_TENSORS}"
     if settings.quantize is not None and settings.split and not _blocks_are_whole(bucket, settings):
         return f"8-bit moments of selection {settings.selection} do not fall into whole blocks"
+    if settings.split and (size := _too_large(bucket, settings.current_density)):
+        return f"the strata of a tensor of {size} elements do not fit the kernel's 32 bits"
     if bucket.device.type != "cuda":
         return f"the parameters are on {bucket.device.type}"
     status = cuda_status()
     return "" if status.available else status.reason
+
+
+def _too_large(bucket: Bucket, density: float) -> int:
+    """Return the size of a tensor whose strata are too many or too long for the kernel, else 0."""
+    for entry in bucket.entries:
+        count = share(density, entry.size)
+        computed = entry.selection.name == "coordinates" and 0 < count < entry.size
+        if computed and (count >= MOST_STRATA or entry.size // count >= LONGEST_STRATUM):
+            return entry.size
+    return 0
 
 
 def _blocks_are_whole(bucket: Bucket, settings: Settings) -> bool:

@@ -1,8 +1,9 @@
 """The step's kernel on a CPU: its own sources, compiled by g++ with CUDA's words defined away.
 
 A thread block is 256 threads of the operating system, one block after the other; `__syncwarp` and the
-warp's votes are barriers of 32 threads. So what the kernel computes, and whether its lanes may run
-in any order between barriers, is tested without a GPU; its speed, registers and memory are not.
+warp's votes are barriers of 32 threads; an asynchronous copy happens when its thread waits for it, and
+not before. So what the kernel computes, and whether its lanes may run in any order between barriers,
+is tested without a GPU; its speed, registers and memory are not.
 """
 
 from __future__ import annotations
@@ -68,6 +69,19 @@ template <class T> T read(const T* p) { return *p; }
 #define __ldcs(p) read(p)
 #define __stcs(p, v) (*(p) = (v))
 #define __popc(x) __builtin_popcount(x)
+static uint32_t __umulhi(uint32_t a, uint32_t b) { return (uint64_t)a * b >> 32; }
+struct Copy { void* to; const void* from; size_t bytes; };
+thread_local std::vector<std::vector<Copy>> copies(1);  // the last group is open
+static void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  copies.back().push_back({to, from, bytes});
+}
+static void __pipeline_commit() { copies.emplace_back(); }
+static void __pipeline_wait_prior(size_t groups) {
+  while (copies.size() > groups + 1) {
+    for (const Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    copies.erase(copies.begin());
+  }
+}
 template <class To, class From> To same_bits(From x) { To y; std::memcpy(&y, &x, 4); return y; }
 static uint32_t __float_as_uint(float x) { return same_bits<uint32_t>(x); }
 static float __uint_as_float(uint32_t x) { return same_bits<float>(x); }
@@ -151,7 +165,7 @@ def _joined(name: str, seen: set[str]) -> str:
         if included and included.group(1) not in seen:
             seen.add(included.group(1))
             lines.append(_joined(included.group(1), seen))
-        elif not included and not line.startswith("#pragma"):
+        elif not included and not line.startswith(("#pragma", "#include <cuda_pipeline")):
             lines.append(line)
     return "".join(lines)
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from memopt.ops import frugal_step as op
+from memopt.ops.counter_rng import bits_at
+from memopt.ops.frugal_step import CHUNK
 from memopt.optim import Frugal, execute, native
 from tests.ops import emulate_cuda
 
@@ -123,3 +125,71 @@ def test_a_broken_gradient_is_not_hidden(emulated):
         weight.grad = torch.full((8, 64), float("nan"))
         optimizer.step()
         assert weight.isnan().all(), selection
+
+
+class Far:
+    """A tensor as if `first` elements lay before it: the kernel takes addresses only."""
+
+    def __init__(self, near: torch.Tensor, first: int) -> None:
+        self.near, self.first, self.dtype = near, first, near.dtype
+
+    def data_ptr(self) -> int:
+        return self.near.data_ptr() - self.first * self.near.element_size()
+
+
+BILLION = 10**9
+# Kind, A, B, KEY, OFFSET, first element looked at: all beyond 2^31, most beyond 2^32.
+FAR = {
+    "runs": (op.Kind.FULL, 0, 0, 0, 0, 4 * BILLION + 9),
+    "rest": (op.Kind.FREE, 0, 0, 0, 0, 4 * BILLION + 9),
+    "columns": (op.Kind.COLUMNS, 500, 123, 0, 0, 4 * BILLION + 9),
+    "long columns": (op.Kind.COLUMNS, 50_000, 12_345, 0, 0, 4 * BILLION + 49_000),
+    "strata": (op.Kind.STRATA, 5 * BILLION, 1_230_000_007, 2**63 + 5, 3 * BILLION, 4 * BILLION + 9),
+    "last strata": (op.Kind.STRATA, 5 * BILLION, 1_230_000_007, 77, BILLION, 5 * BILLION - 5000),
+    "long strata": (op.Kind.STRATA, 5 * BILLION, 1_200, 77, BILLION, 3 * BILLION),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAR)
+def test_elements_beyond_32_bits(library, case):
+    kind, a, b, key, offset, first = FAR[case]
+    shown = 5000
+    assert shown <= CHUNK
+    index = torch.zeros(2, dtype=torch.int32) if kind > op.Kind.FULL else None
+    if kind == op.Kind.COLUMNS:
+        chosen = torch.randperm(a, generator=torch.Generator().manual_seed(0))[:b].sort().values
+        index = native._column_words(chosen.unsqueeze(0), a)[0].contiguous()
+    if case == "long strata":  # where one's element is
+        begin, bits = (700 * a + offset) // b, bits_at(key, 700)
+        first = begin + (bits * ((701 * a + offset) // b - begin) >> 32) - 100
+    key -= 2**64 if key >= 2**63 else 0
+    segment = [
+        0,
+        int(kind),
+        first,
+        shown,
+        7 if kind != op.Kind.FULL else first,
+        0,
+        7,
+        1,
+        a,
+        b,
+        key,
+        offset,
+    ]
+    slots = op.slots_of(segment, index, torch.device("cpu"))
+    has = slots >= 0
+    base = int(slots[has].min()) - 16 if has.any() else 0
+    arena = torch.full((int(slots[has].max()) - base + 16 if has.any() else 1,), -1.0)
+    weight, grad = torch.randn(shown), torch.rand(shown) + 1.0
+    before = weight.clone()
+    choices = [2, 0, 0, 0, 0, 0]  # sgdm, sign
+    emulate_cuda.step_with(library)(
+        [Far(weight, first)], [Far(grad, first)], [Far(arena, base)], [], torch.tensor([segment]),
+        torch.zeros(1, dtype=torch.int32), index, [0.5], [1.0], [0.0, 0.25, 1.0, 0.0, 0.0], choices, None,
+    )  # fmt: skip
+    assert torch.equal(arena[slots[has] - base], grad[has])  # beta1 = 0: the moment is the gradient
+    assert int((arena != -1.0).sum()) == int(has.sum())
+    expected = before - torch.where(has, 0.5 * grad, torch.full_like(grad, 0.25))
+    torch.testing.assert_close(weight, expected)
+    assert (kind == op.Kind.FREE) == (not has.any())

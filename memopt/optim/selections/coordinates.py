@@ -114,6 +114,11 @@ class Coordinates(Selection):
         count = share(choice.density, size)
         if count in (0, size):
             return LeadingRows(choice.rows if count else 0, choice.columns)
+        if (count + 1) * size >= 2**63 or 2 * (size // count + 1) >= 2**31:
+            raise ValueError(
+                f"selection='coordinates' computes elements in 64 bits, which a tensor of {size} elements"
+                f" at density {choice.density} exceeds (about 6 billion at 0.25): use blocks, columns or rows"
+            )
         return Strata(choice.key, size, count, choice.device)
 
     def describe(self) -> str:
