@@ -47,6 +47,16 @@ def chosen_runs(results: dict[str, Any]) -> dict[str, dict[str, list[Run]]]:
     return table
 
 
+def curve_of(run: Run) -> list[list[float]]:
+    """Return (bytes, loss, seconds) of the points that were computed on the same batches.
+
+    Runs without "curve_batches" were made when the last point still was the final loss, on six times
+    as many batches: the step down there was the batches', not the optimizer's, so it is left out.
+    """
+    curve: list[list[float]] = run["curve"]
+    return curve if "curve_batches" in run else curve[:-1]
+
+
 def summary(results: dict[str, Any], grid_share: float) -> dict[str, Any]:
     """Return mean loss and spread of every (size, method), and the share of GaLore's gap closed."""
     grid_bytes = int(results["settings"]["bytes"] * grid_share)
@@ -141,6 +151,12 @@ def markdown(results: dict[str, Any]) -> str:
             )
             lines += ["", verdict]
         lines.append("")
+    lines.append(
+        "The losses are on all 48 validation batches after the last step (x in the picture); the lines"
+        " are on the first 8 of them."
+    )
+    if any("curve_batches" not in run for run in results["runs"].values()):
+        lines += ["Runs of the first session have no point of their line after the last step.", ""]
     if results["unfinished"]:
         lines += ["Unfinished: " + ", ".join(sorted(results["unfinished"])) + ".", ""]
     return "\n".join(lines)
@@ -168,11 +184,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def _draw_method(axes: Any, color: str, name: str, group: list[Run]) -> None:
-    length = min(len(run["curve"]) for run in group)
-    curves = [[point[1] for point in run["curve"][:length]] for run in group]
+    drawn = [curve_of(run) for run in group]
+    length = min(len(curve) for curve in drawn)
+    curves = [[point[1] for point in curve[:length]] for curve in drawn]
     mean = [statistics.fmean(points) for points in zip(*curves, strict=True)]
-    seen = [point[0] / 1e6 for point in group[0]["curve"][:length]]
-    seconds = [statistics.fmean(run["curve"][i][2] for run in group) for i in range(length)]
+    seen = [point[0] / 1e6 for point in drawn[0][:length]]
+    seconds = [statistics.fmean(curve[i][2] for curve in drawn) for i in range(length)]
     label = f"{name}, lr {group[0]['lr']:g}, {len(group)} seed{'s' if len(group) > 1 else ''}"
     for axis, x in ((axes[0], seen), (axes[1], seconds)):
         axis.plot(x, mean, color=color, label=label)
@@ -180,6 +197,9 @@ def _draw_method(axes: Any, color: str, name: str, group: list[Run]) -> None:
         axis.fill_between(x, low, high, color=color, alpha=0.2)
     state = group[0]["state_bytes"] / 2**20
     loss = statistics.fmean(run["loss"] for run in group)
+    last = group[0]["curve"][-1]
+    for axis, x in ((axes[0], last[0] / 1e6), (axes[1], last[2])):
+        axis.scatter(x, loss, color=color, marker="x")
     axes[2].scatter(state, loss, color=color)
     axes[2].annotate(name, (state, loss), textcoords="offset points", xytext=(5, 5))
 
@@ -193,4 +213,5 @@ def _label(axes: Any, size: str, losses: list[float]) -> None:
     low = min(losses)
     for axis in axes[:2]:
         axis.set_ylim(low - 0.02, low + 0.5)
+        axis.set_title("lines: 8 validation batches; x: all 48, at the end", fontsize=9)
     axes[0].legend()

@@ -3,7 +3,8 @@
     python benchmarks/bench_frugal_quality.py --out quality.json --limit-s 540   # again to continue
     python benchmarks/bench_frugal_quality.py --out quality.json --report        # table and picture
 
-Every method sees the same batches from the same first weights. Each method's learning rate is chosen
+Every method sees the same batches from the same first weights. A curve's points are the loss on the
+first 8 of the 48 validation batches that the final loss is computed on. Each method's learning rate is chosen
 from a grid of three on a tenth of the data (one seed); a best rate at the grid's edge extends the
 grid by one. Then every seed is trained in full at that rate: linear warm-up over 5 %, cosine to a
 tenth, no weight decay, no clipping (the recipe of FRUGAL's paper). `--refine` trains the neighbours
@@ -220,11 +221,14 @@ class Trainer:
         )
         return places.to(self.device)
 
-    def validate(self, model: Llama, batches: int) -> float:
-        """Return the loss on fixed places of the validation text, by the program that trains."""
+    def validate(self, model: Llama, batches: int) -> tuple[float, float]:
+        """Return the loss on fixed places of the validation text, by the program that trains.
+
+        First on the batches that all points of a curve are computed on, then on all of them.
+        """
         starts = self.starts(self.valid, batches, 999)
-        losses = torch.stack([model(self.cut(self.valid, row)).detach() for row in starts])
-        return float(losses.double().mean())
+        losses = torch.stack([model(self.cut(self.valid, row)).detach() for row in starts]).double()
+        return float(losses[:CURVE_BATCHES].mean()), float(losses.mean())
 
     def run(
         self, job: Job, deadline: float, note: Callable[[dict[str, Any]], None]
@@ -242,6 +246,7 @@ class Trainer:
         starts = self.starts(self.train, steps, 1000 + job.seed)
         result: dict[str, Any] = {
             "curve": [], "train_s": 0.0, "steps": steps, "text_digest": self.corpus.digest,
+            "curve_batches": CURVE_BATCHES, "loss_batches": LAST_BATCHES,
             "epochs": steps * self.batch * self.tokens / len(self.train),
             "parameters": sum(p.numel() for p in model.parameters()),
         }  # fmt: skip
@@ -260,9 +265,9 @@ class Trainer:
                 continue
             self.sync()
             result["train_s"] += time.perf_counter() - begin
-            loss = self.validate(model, LAST_BATCHES if last else CURVE_BATCHES)
+            point, loss = self.validate(model, LAST_BATCHES if last else CURVE_BATCHES)
             seen = (step + 1) * self.batch * self.tokens
-            result["curve"].append([seen, loss, result["train_s"]])
+            result["curve"].append([seen, point, result["train_s"]])
             result |= {"loss": loss, "state_bytes": state_bytes(optimizer)}
             if self.device == "cuda":
                 result["peak_bytes"] = torch.cuda.max_memory_allocated()

@@ -159,7 +159,7 @@ def test_resume_joins_files_and_refuses_other_settings(call, tmp_path):
 
 
 def test_divergence_is_a_result(call, monkeypatch):
-    monkeypatch.setattr(bench.Trainer, "validate", lambda *_: math.nan)
+    monkeypatch.setattr(bench.Trainer, "validate", lambda *_: (math.nan, math.nan))
     results = call("--methods", "AdamW", "--limit-s", "60")
     assert all(run["diverged"] and run["loss"] == math.inf for run in results["runs"].values())
     assert results["summary"] == {}  # no rate is worth a full run
@@ -210,3 +210,15 @@ def test_share_of_the_gap_is_that_of_the_means():
     found = _quality_report.summary(results, 0.1)["10M"]
     assert found["gap_closed_by_seed"] == {"0": 0.5, "1": 1.0}
     assert math.isclose(found["gap_closed"], (3.0 - 1.25) / (3.0 - 1.0))
+
+
+def test_a_curve_is_on_one_set_and_the_loss_on_all_of_it(call):
+    results = call("--limit-s", "60", "--methods", "AdamW", "--seeds", "1")
+    full = [run for run in results["runs"].values() if run["num_bytes"] == 20000]
+    assert full
+    for run in full:
+        assert run["curve"][-1][0] == run["steps"] * 16 * 32
+        assert run["curve"][-1][1] != run["loss"]  # one batch, and two
+        assert _quality_report.curve_of(run) == run["curve"]
+        del run["curve_batches"]  # as runs were before: the last point was the final loss
+        assert _quality_report.curve_of(run) == run["curve"][:-1]
