@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import Module
+from torch.nn.parameter import is_lazy
 
 from memopt._steps import Steps
+from memopt.activations.patch import PatchedForward
 from memopt.types.errors import ConfigError
 
 UNSTEPPED = (
@@ -16,6 +19,45 @@ UNSTEPPED = (
     "ended and no plan was made: give the optimizer whose step() the loop calls, or none"
 )
 _MANY_ROOTS = 512
+
+
+def check_model(model: Any) -> None:
+    """Refuse what cannot be in a session.
+
+    Raises:
+        ConfigError: it is no module, in a session already, or has weights that do not exist yet.
+    """
+    if not isinstance(model, Module):
+        raise ConfigError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    for name, module in model.named_modules():
+        where = f"module {name or 'root'!r}"
+        if isinstance(module.__dict__.get("forward"), PatchedForward):
+            raise ConfigError(
+                f"the model is in a memopt session already ({where}); stop that one first"
+            )
+        lazy = [n for n, p in module._parameters.items() if p is not None and is_lazy(p)]
+        if lazy:
+            raise ConfigError(
+                f"{lazy[0]!r} of {where} has no shape yet (a lazy module): run the model once, "
+                "without gradients, before the context and the optimizer"
+            )
+
+
+def check_regions(regions: Sequence[tuple[str, Module]]) -> None:
+    """Refuse regions that cannot be recomputed.
+
+    Raises:
+        ConfigError: one contains TorchScript.
+    """
+    for name, region in regions:
+        for module in region.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ConfigError(
+                    f"region {name!r} contains TorchScript ({module.original_name}): PyTorch's "
+                    "checkpointing ends a recomputation by an exception, which TorchScript turns "
+                    "into another; use the module that it was made from (block.compile() is today's "
+                    "way to make blocks fast), or leave it out of the regions with regions="
+                )
 
 
 class CheckpointingOff:

@@ -26,7 +26,14 @@ from memopt._replanning import Replanning
 from memopt._reporting import make_report
 from memopt._resources import Resources, open_resources
 from memopt._steps import Steps
-from memopt._takeover import UNSTEPPED, CheckpointingOff, stepping_optimizer, warn_unstepped
+from memopt._takeover import (
+    UNSTEPPED,
+    CheckpointingOff,
+    check_model,
+    check_regions,
+    stepping_optimizer,
+    warn_unstepped,
+)
 from memopt.activations.compiled import compiled_notes, note_unseen_forward
 from memopt.activations.engine import ActivationEngine
 from memopt.activations.observe import RegionObserver
@@ -84,7 +91,7 @@ class Session:
     def __init__(
         self, model: Module, optimizer: torch.optim.Optimizer | None, settings: Settings
     ) -> None:
-        _check_model(model)
+        check_model(model)
         self.model = model
         self.optimizer = stepping_optimizer(optimizer)
         self.settings = settings
@@ -93,6 +100,7 @@ class Session:
         self._num_roots_open = 0
         self._asked_plan = read_plan(settings.plan)
         self._regions = find_regions(model, settings.regions)
+        check_regions(self._regions)
         self._resources: Resources | None = None
         self._engine: ActivationEngine | None = None
         self._exit = contextlib.ExitStack()
@@ -437,14 +445,3 @@ def start(  # noqa: PLR0913 - as optimize
         update=update,
     )  # fmt: skip
     return Session(model, optimizer, settings).start()
-
-
-def _check_model(model: Module) -> None:
-    if not isinstance(model, Module):
-        raise ConfigError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-    for name, module in model.named_modules():
-        if isinstance(module.__dict__.get("forward"), PatchedForward):
-            raise ConfigError(
-                f"the model is in a memopt session already (module {name or 'root'!r}); stop that "
-                "one first"
-            )

@@ -79,6 +79,8 @@ class PatchedForward:
         """
         if torch.compiler.is_compiling():
             return self.plain(*args, **kwargs)
+        if args and args[0] is self.module:
+            args = args[1:]  # accelerate's unwrap_model makes a method of whatever it finds
         owner = _called_module(sys._getframe(1))
         if owner is not None and owner is not self.module and self.replaces_nothing:
             return type(owner).forward(owner, *args, **kwargs)

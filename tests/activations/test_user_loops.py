@@ -398,3 +398,20 @@ def test_steps_of_a_model_that_returns_an_object_are_counted(kind, given):
             optimizer.step()
             optimizer.zero_grad()
     assert run.report().num_steps == 5
+
+
+@EACH
+def test_accelerates_unwrap_model_in_the_loop(placement):
+    """With keep_fp32_wrapper=False it calls the root's forward with the model as first argument."""
+    accelerate = pytest.importorskip("accelerate")
+
+    def step(model, i):
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+        prepared = accelerator.prepare_model(model)
+        loss = prepared(batch(i)).square().mean()
+        accelerator.backward(loss)
+        unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        with torch.no_grad():
+            return loss, unwrapped(batch(i + 1))
+
+    assert_bitwise(program(Sines, step), placement)

@@ -114,3 +114,24 @@ def test_weights_that_get_other_memory_in_the_forward_are_refused(placement):
     plain_run(program(Exchanged))
     with pytest.raises(memopt.MemoptError, match=r"gave a\.weight other memory"):
         run_memopt(program(Exchanged), placement)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_modules_that_cannot_be_in_a_session_are_refused_at_entry():
+    """Lazy weights and TorchScript failed in the first step, inside of PyTorch."""
+    blocks = nn.ModuleList([nn.Sequential(nn.Tanh(), torch.jit.script(nn.Linear(2, 2)))])
+    with pytest.raises(memopt.ConfigError, match=r"region '0' contains TorchScript \(Linear\)"):
+        memopt.start(blocks, regions=["0"])
+    with pytest.raises(memopt.ConfigError, match=r"'weight' of module 'root' has no shape yet"):
+        memopt.start(nn.LazyLinear(WIDTH))
+
+
+@EACH
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_beside_the_regions(placement):
+    class Beside(Net):
+        def __init__(self) -> None:
+            super().__init__(Sines)
+            self.inp = torch.jit.script(self.inp)
+
+    assert_bitwise(program(Beside), placement)
