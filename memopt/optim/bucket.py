@@ -317,6 +317,8 @@ class Bucket:
         assert isinstance(entry.selection, LowRank)
         assert stored is not None
         rank = entry.selection.rank(entry.rows, entry.columns, density)
+        if rank == 0:  # as `choose` says it
+            return LeadingRows(0, entry.columns)
         choice = self._choice(entry, settings, 0, density, None)
         return entry.selection.part_of(stored[:rank], choice)
 

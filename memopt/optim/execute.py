@@ -48,7 +48,7 @@ def update_params(state: GroupState, params: Sequence[Tensor], impl: str) -> Non
 
 
 def _refuse_moved(bucket: Bucket, indices: Sequence[int]) -> None:
-    """Refuse weights that were cast or moved (`model.to(...)`) after their state was made."""
+    """Refuse weights that were cast, moved (`model.to(...)`) or resized after their state was made."""
     entries, dtype, device = bucket.entries, bucket.dtype, bucket.device
     for i in indices:
         param = entries[i].param
@@ -57,6 +57,11 @@ def _refuse_moved(bucket: Bucket, indices: Sequence[int]) -> None:
                 f"{entries[i].name!r} is {param.dtype} on {param.device}, its state was made for"
                 f" {bucket.dtype} on {bucket.device}: cast and move the model before the first step;"
                 " after a move, optimizer.load_state_dict(optimizer.state_dict()) brings the state along"
+            )
+        if param.numel() != entries[i].global_size:  # a kernel would write beyond it
+            raise ValueError(
+                f"{entries[i].name!r} has {param.numel()} elements, its state was made for"
+                f" {entries[i].global_size}: build a new optimizer after changing a parameter's shape"
             )
 
 

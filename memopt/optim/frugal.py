@@ -206,6 +206,10 @@ class Frugal(Optimizer):
                 stepped in this call.
         """
         wanted = list(params)
+        if len(set(wanted)) < len(wanted):
+            raise ValueError(
+                "step_partial got a parameter twice: a parameter can be stepped once in a step"
+            )
         where = {p: group for group in self.param_groups for p in group["params"]}
         for param in wanted:
             if param not in where:

@@ -6,6 +6,7 @@ into values and is the only reader of that dict's settings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -31,8 +32,8 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
 
 
 def _at_least(name: str, value: float, low: float) -> None:
-    if not value >= low:
-        raise ValueError(f"{name}={value!r} must be at least {low}")
+    if not isinstance(value, (int, float)) or not low <= value < math.inf:
+        raise ValueError(f"{name}={value!r} must be a number of at least {low} and finite")
 
 
 @dataclass(frozen=True, kw_only=True)

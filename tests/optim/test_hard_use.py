@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from memopt.optim import Frugal, frugal_groups, native
-from memopt.optim.selections import Choice, selection_named
+from memopt.optim import Frugal, frugal_groups
 from tests.optim.test_optimizer_contract import SELECTIONS, SHAPES, grads_of, make, same, train
 
 
@@ -382,32 +380,3 @@ def test_transformers_trainer_resumes_bitwise(selection, tmp_path):
     first = run(tmp_path / "a")
     second = run(tmp_path / "b", str(tmp_path / "a" / "checkpoint-4"))
     assert same(first, second)
-
-
-def test_tensors_beyond_the_index_arithmetic_are_refused_with_their_size():
-    selection = selection_named("coordinates", 2)
-
-    def choose(rows, columns, density):
-        choice = Choice(
-            seed=1, round=0, name="w", rows=rows, columns=columns, density=density,
-            device=torch.device("cpu"),
-        )  # fmt: skip
-        return selection.choose(choice)
-
-    part = choose(1_500_000, 4000, 0.25)  # 6 billion elements: the products still fit 63 bits
-    near_end = part.index(part.count - 3, part.count)
-    assert 6 * 10**9 - 20 < int(near_end[0]) < int(near_end[-1]) < 6 * 10**9
-    with pytest.raises(ValueError, match=r"8000000000 elements at density 0\.25"):
-        choose(2_000_000, 4000, 0.25)
-    with pytest.raises(ValueError, match="at density 5e-10"):
-        choose(2_000_000, 2000, 5e-10)
-
-
-@pytest.mark.parametrize(
-    ("size", "density", "fits"),
-    [(2**30, 0.25, True), (9 * 10**9, 0.25, False), (10**8, 1e-7, False), (10**8, 0.0, True)],
-)
-def test_the_kernel_refuses_strata_that_do_not_fit_32_bits(size, density, fits):
-    entry = SimpleNamespace(size=size, selection=selection_named("coordinates", 1))
-    found = native._too_large(SimpleNamespace(entries=[entry]), density)
-    assert found == (0 if fits else size)
