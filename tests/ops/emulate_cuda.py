@@ -170,7 +170,7 @@ def _joined(name: str, seen: set[str]) -> str:
     return "".join(lines)
 
 
-def build(folder: Path, include: Path) -> ctypes.CDLL:
+def build(folder: Path, include: Path, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
     """Compile the kernel's sources for this CPU."""
     source = _joined("frugal_step.cu", set())
     kernel = source[
@@ -182,6 +182,7 @@ def build(folder: Path, include: Path) -> ctypes.CDLL:
     file, library = folder / "kernel.cpp", folder / "kernel.so"
     file.write_text(PRELUDE + kernel + "}\n" + DRIVER)
     command = ["g++", "-O1", "-std=c++20", "-ffp-contract=off", "-fPIC", "-shared", "-pthread",
+               *(f"-D{word}" for word in defines),
                f"-I{SOURCES}", f"-isystem{include}", str(file), "-o", str(library)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from benchmarks.bench_frugal_tiles import VARIANTS
 from memopt.ops import frugal_step as op
 from memopt.ops.counter_rng import bits_at
 from memopt.ops.frugal_step import CHUNK
@@ -29,6 +30,10 @@ def library(tmp_path_factory):
 @pytest.fixture
 def emulated(library, monkeypatch):
     """Take the kernel's path with the emulated kernel behind it; count its launches."""
+    return take(library, monkeypatch)
+
+
+def take(library, monkeypatch):
     kept, launches = native.refusal, []
     run = emulate_cuda.step_with(library)
 
@@ -116,6 +121,18 @@ def test_bfloat16(emulated, selection, rounding):
 def test_8bit(emulated, rounding):
     worst, _ = largest_error(torch.float32, quantize="8bit", rounding=rounding, density=0.4)
     assert worst <= 5e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiles", list(VARIANTS.values()))
+def test_tiles_of_another_size_in_flight(tiles, tmp_path, monkeypatch):
+    defines = (f"MEMOPT_TILE_PACKS={tiles[0]}", f"MEMOPT_TILE_STAGES={tiles[1]}")
+    take(emulate_cuda.build(tmp_path, INCLUDE, defines), monkeypatch)
+    for selection in ("columns", "coordinates"):
+        worst, _ = largest_error(torch.float32, selection=selection, density=0.3)
+        assert worst <= 1e-6
+        worst, _ = largest_error(torch.bfloat16, selection=selection, rounding="kahan")
+        assert worst <= 2**-7
 
 
 def test_a_broken_gradient_is_not_hidden(emulated):

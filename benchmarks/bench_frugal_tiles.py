@@ -1,0 +1,129 @@
+"""Which tiles the step's kernel should use for columns and coordinates, measured beside each other.
+
+    python benchmarks/bench_frugal_tiles.py --build .native/tiles             # anywhere with nvcc
+    python benchmarks/bench_frugal_tiles.py --libraries .native/tiles --out tiles.json   # on a GPU
+
+`--build` compiles one library a variant of `VARIANTS` (csrc/cuda/frugal_tiles.cuh names the two numbers)
+and, with `--before SOURCES`, one of another csrc/cuda directory. The measurement runs each library in
+a process of its own: the update of columns and coordinates against PyTorch's, then the step's time
+for the 1.24 B parameters of Llama-3.2-1B, all split. Blocks are timed as the control: no variant changes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+LIBRARY = "libmemopt_cuda.so"
+VARIANTS = {"4 packs, 1 tile": (4, 1), "2 packs, 2 tiles": (2, 2), "2 packs, 1 tile": (2, 1)}
+CASES = ("frugal all", "frugal columns", "frugal coordinates")
+
+
+def build(out: Path, before: Path | None) -> None:
+    """Compile every variant into a directory of its name."""
+    for name, (packs, stages) in VARIANTS.items():
+        flags = f"-DMEMOPT_TILE_PACKS={packs} -DMEMOPT_TILE_STAGES={stages}"
+        compile_library(ROOT, out / name, {"NVCC_APPEND_FLAGS": flags})
+    if before is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            for part in ("tools", "csrc"):
+                shutil.copytree(ROOT / part, Path(folder) / part)
+            shutil.copytree(before, Path(folder) / "csrc/cuda", dirs_exist_ok=True)
+            compile_library(Path(folder), out / "before", {})
+
+
+def compile_library(root: Path, out: Path, more: dict[str, str]) -> None:
+    """Run the build script of a source tree."""
+    command = [sys.executable, str(root / "tools/build_cuda.py"), "--out", str(out)]
+    subprocess.run(command, check=True, env={**os.environ, **more})
+    shutil.rmtree(out / "objects")
+
+
+def measure_one() -> dict[str, Any]:
+    """Check and time the library that $MEMOPT_CUDA_LIBRARY names; runs in a process of its own."""
+    import torch
+    from bench_frugal_step import Timer, frugal_cases, llama_shapes, run_case
+
+    from memopt.ops import cuda_status
+    from tests.optim import gpu_checks
+
+    status = cuda_status()
+    if not status.available:
+        raise SystemExit(status.reason)
+    found: dict[str, Any] = {"path": status.path, "errors": {}, "ms": {}}
+    for selection in ("columns", "coordinates"):
+        for density in (0.25, 0.9):
+            worst, _ = gpu_checks.against_reference(selection=selection, density=density)
+            found["errors"][f"{selection} {density}"] = worst
+    timer, cases = Timer("cuda", block=10, blocks=7), frugal_cases()
+    for label, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        for name in CASES:
+            result = run_case(cases[name], llama_shapes(), dtype, timer, "cuda")
+            found["ms"][f"{label} {name}"] = [result[k] for k in ("ms", "min_ms", "max_ms")]
+    found["device"] = torch.cuda.get_device_name()
+    return found
+
+
+def measure(libraries: Path, out: Path, limit_s: float) -> int:
+    """Run every library in turn, twice in all so that a drift shows; write after each."""
+    begin, results = time.perf_counter(), {"command": sys.argv, "rounds": []}
+    paths = sorted(path.parent for path in libraries.glob(f"*/{LIBRARY}"))
+    if not paths:
+        raise SystemExit(f"{libraries} holds no */{LIBRARY}: call with --build first")
+    failed, longest = 0, 0.0
+    for path in [*paths, *reversed(paths)]:
+        start = time.perf_counter()
+        if start - begin + longest > limit_s:
+            results["left_out"] = True
+            break
+        done = subprocess.run(
+            [sys.executable, __file__, "--one"], check=False, capture_output=True, text=True,
+            env={**os.environ, "MEMOPT_CUDA_LIBRARY": str((path / LIBRARY).resolve())},
+        )  # fmt: skip
+        ok = done.returncode == 0
+        found = json.loads(done.stdout.splitlines()[-1]) if ok else {"error": done.stderr[-2000:]}
+        wrong = not ok or max(found["errors"].values()) > 1e-6
+        failed += wrong
+        results["rounds"].append({"variant": path.name, **found})
+        out.write_text(json.dumps(results, indent=1) + "\n")
+        medians = {k: round(v[0], 3) for k, v in found.get("ms", {}).items()}
+        print(f"{path.name}: {'WRONG ' if wrong else ''}{medians or found['error']}", flush=True)
+        longest = max(longest, time.perf_counter() - start)
+    return failed
+
+
+def main() -> None:
+    """Parse arguments; build, measure, or be the process of one library."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--build", type=Path, help="compile the variants into this directory")
+    parser.add_argument("--before", type=Path, help="another csrc/cuda to compile beside them")
+    parser.add_argument("--libraries", type=Path, help="measure what was compiled into this")
+    parser.add_argument("--out", type=Path, help="result file (JSON)")
+    parser.add_argument(
+        "--limit-s", type=float, default=150.0, help="start nothing that ends later"
+    )
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure_one()))
+    elif options.build:
+        build(options.build, options.before)
+    elif options.libraries and options.out:
+        raise SystemExit(min(1, measure(options.libraries, options.out, options.limit_s)))
+    else:
+        parser.error("one of --build DIR, or --libraries DIR with --out FILE")
+
+
+if __name__ == "__main__":
+    main()
