@@ -12,9 +12,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn import Module
@@ -25,6 +24,7 @@ from memopt._refusal import BudgetGuard
 from memopt._replanning import Replanning
 from memopt._reporting import make_report
 from memopt._resources import Resources, open_resources
+from memopt._settings import EngineChoice, Settings
 from memopt._steps import Steps
 from memopt._takeover import (
     UNSTEPPED,
@@ -47,36 +47,11 @@ from memopt.types.errors import ConfigError
 from memopt.types.plan import Plan
 from memopt.types.trace import StepTrace
 
-EngineChoice = Literal["auto", "io_uring", "threads"]
 _OUT_OF_MEMORY = (
     "out of device memory inside memopt's budget: raise the device budget, run a smaller batch or "
     "sequence, or try plan='recompute' and the smaller of the two peaks above; something beside "
     "the loop that holds device memory (another model, kept outputs) counts against the budget too"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What `optimize` was asked for; checked on construction."""
-
-    budget: Budget | None = None
-    plan: str | Path | Plan = "auto"
-    regions: RegionSpec = None
-    exact: bool = True
-    strict: bool = False
-    engine: EngineChoice = "auto"
-    update: str = "at_step"
-
-    def __post_init__(self) -> None:
-        """Name the value, what is allowed, and what to write instead."""
-        if self.update != "at_step":
-            raise ConfigError(f"update={self.update!r} is not available; use update='at_step'")
-        if self.budget is not None and not isinstance(self.budget, Budget):
-            raise ConfigError(
-                f"budget={self.budget!r} is not a memopt.Budget; write memopt.Budget(device=...)"
-            )
-        if self.engine not in ("auto", "io_uring", "threads"):
-            raise ConfigError(f"engine={self.engine!r} is not one of auto, io_uring, threads")
 
 
 class Session:
@@ -171,6 +146,14 @@ class Session:
         if self._resources is None or self._resources.closed:
             return
         self._resources.check_thread()
+        try:
+            if self._report is None:
+                self._finish()
+        finally:
+            self._close()
+
+    def _finish(self) -> None:
+        """Take the last figures, while there is something to take them from."""
         self._note_unstepped()
         self._check_seen(warn=False)  # a warning made an error must not keep the context open
         self._guard.end()
@@ -178,13 +161,18 @@ class Session:
         if self._engine is not None and self._engine.observer is None:
             self._steps.end_step(final=True)
         self._report = self.report()
-        self._exit.close()
+
+    def _close(self) -> None:
         assert self._engine is not None
+        assert self._resources is not None
         try:
-            self._engine.close()
+            self._exit.close()
         finally:
-            self._resources.close()
-            self._let_go()
+            try:
+                self._engine.close()
+            finally:
+                self._resources.close()
+                self._let_go()
 
     def _let_go(self) -> None:
         """Hold neither model nor optimizer: whoever keeps a session for its report keeps no weights.
@@ -234,6 +222,8 @@ class Session:
             return self._report
         assert self._resources is not None, "the session has not started"
         assert self._engine is not None
+        if self._resources.closed:
+            raise ConfigError("the session was interrupted while it stopped: it has no report")
         notes = [*self.notes, *self._engine.notes, *self.plan.notes]
         return make_report(self._resources, self._steps, self.trace, self.plan, notes)
 

@@ -10,6 +10,7 @@ from _traps import Net, Sines
 from test_disk_faults import Left, wide_step
 
 import memopt
+from memopt.session import Session
 from tests.io.test_interrupted_close import Interrupt
 from tests.io.test_uring import make_engine
 
@@ -26,6 +27,32 @@ def stop_interrupted(tmp_path, engine: str, interrupt: Interrupt) -> None:
     run.stop()
     del run
     left.check(model)
+
+
+@pytest.mark.parametrize("where", ["report", "_note_unstepped", "_check_seen"])
+def test_ctrl_c_before_anything_is_closed(tmp_path, monkeypatch, where):
+    """A `with` leaves once only: what is interrupted before the closing must not stand in its way."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    left, model = Left(), Net(Sines)
+    budget = memopt.Budget(ssd=f"{tmp_path}:64MiB")
+
+    def loop() -> None:
+        with memopt.optimize(model, plan="ssd", regions=["layers"], budget=budget) as run:
+            runs.append(run)
+            wide_step(model, 0)
+            monkeypatch.setattr(Session, where, interrupted)
+
+    runs: list[memopt.Session] = []
+    with pytest.raises(KeyboardInterrupt):
+        loop()
+    monkeypatch.undo()
+    left.check(model)
+    with pytest.raises(memopt.ConfigError, match="interrupted while it stopped"):
+        runs[0].report()
+    runs[0].stop()  # nothing more to do
 
 
 @pytest.mark.slow
