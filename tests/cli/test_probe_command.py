@@ -42,7 +42,8 @@ def test_json_is_one_document(home):
     assert json.loads(run(*asked, "--fresh").stdout)["link_provenance"] == "measured now"
 
 
-def test_people_get_a_table(home):
+def test_people_get_a_table(home, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")  # a row is one line, however long the directory's name
     done = run("--ssd", f"{home / 'spill'}:4MiB", "--engine", "threads")
     assert done.exit_code == 0, done.output
     assert "copies in host memory" in done.output
