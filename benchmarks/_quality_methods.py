@@ -23,6 +23,10 @@ EXTRA = (
     "FRUGAL 0.25, free 0.1",
     "FRUGAL 0, free 0.3",
     "GaLore 0.25, alpha 1",
+    "FRUGAL 0.25, scale 0.25",
+    "FRUGAL 0.25, scale 0.25, free 0.075",
+    "FRUGAL 0.25 columns, scale 0.25, free 0.075",
+    "AdamW, scale 0.25",
     "SinkGD",
 )  # by --methods
 
@@ -46,6 +50,11 @@ def methods(gap: int) -> dict[str, Method]:
         make = split(density, state_free_lr_scale=scale, selection=selection)
         return Method(make=make, grid=(1e-3, 3e-3, 9e-3))
 
+    def at_galores_rates(full: float, free: float, selection: str = "blocks") -> Method:
+        """GaLore's recipe for rates: embeddings and head at `lr`, the blocks' matrices below it."""
+        make = split(0.25, state_full_lr_scale=full, state_free_lr_scale=free, selection=selection)
+        return Method(make=make, grid=(3.3e-3, 1e-2, 3e-2))
+
     def subspace(complement: str) -> Method:
         return Method(
             make=split(0.25, selection="svd", complement=complement), grid=(3.3e-4, 1e-3, 3e-3)
@@ -53,6 +62,17 @@ def methods(gap: int) -> dict[str, Method]:
 
     def adamw(m: Llama, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+    def adamw_at_galores_rates(m: Llama, lr: float) -> torch.optim.Optimizer:
+        """The control: does GaLore's lead come from its method or from its rates?"""
+        groups = [
+            {
+                "params": [p for _, p in group["params"]],
+                "lr": lr * (0.25 if group.get("split", True) else 1.0),
+            }
+            for group in frugal_groups(m, 0.25)
+        ]
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
 
     def galore_like(m: Llama, lr: float) -> torch.optim.Optimizer:
         return galore(frugal_groups(m, 0.25), lr=lr, update_gap=gap)
@@ -81,6 +101,10 @@ def methods(gap: int) -> dict[str, Method]:
         "FRUGAL 0.25, free 0.1": gentle(0.25, 0.1),
         "FRUGAL 0, free 0.3": gentle(0.0, 0.3),
         "GaLore 0.25, alpha 1": Method(make=galore_evenly, grid=(8.3e-4, 2.5e-3, 7.5e-3)),
+        "FRUGAL 0.25, scale 0.25": at_galores_rates(0.25, 0.25),
+        "FRUGAL 0.25, scale 0.25, free 0.075": at_galores_rates(0.25, 0.075),
+        "FRUGAL 0.25 columns, scale 0.25, free 0.075": at_galores_rates(0.25, 0.075, "columns"),
+        "AdamW, scale 0.25": Method(make=adamw_at_galores_rates, grid=(3.3e-3, 1e-2, 3e-2)),
         "SinkGD": Method(
             make=lambda m, lr: sinkgd(frugal_groups(m), lr=lr), grid=(3.3e-4, 1e-3, 3e-3)
         ),

@@ -86,7 +86,10 @@ class Plan:
             for names in (self.core, self.others):
                 for name in names:
                     yield from self._grid(size, name)
-                yield from self._full(size, names, 0)
+                if not self.options.grid_only:
+                    yield from self._full(size, names, 0)
+            if self.options.grid_only:
+                continue
             for names in (self.core, self.others):
                 for seed in seeds:
                     yield from self._full(size, names, seed)
@@ -383,6 +386,9 @@ def main() -> None:
     parser.add_argument("--gap", type=int, default=200)
     parser.add_argument("--compile", choices=["yes", "no"], default="yes")
     parser.add_argument("--refine", action="store_true", help="neighbouring rates in full, too")
+    parser.add_argument(
+        "--grid-only", action="store_true", help="no run in full: which rates are good"
+    )
     parser.add_argument("--report", action="store_true", help="table (.md) and picture (.png) only")
     options = parser.parse_args()
     results = load(options)

@@ -56,7 +56,7 @@ def call(monkeypatch, tmp_path, places):
 
 def options(**more):
     settings = {"bytes": 1000, "gap": 10, "methods": None, "sizes": ["10M"], "seeds": 3,
-                "refine": False, **more}  # fmt: skip
+                "refine": False, "grid_only": False, **more}  # fmt: skip
     return argparse.Namespace(**settings)
 
 
@@ -89,6 +89,29 @@ def test_plan_goes_from_grids_to_seeds_to_neighbours_and_ends():
     assert [e[0] for e in at_best[:3]] == list(bench.CORE)
     assert len(at_best) == 18
     assert len(full) == 18 + 12  # and each method's two neighbours
+
+
+def test_grid_only_ends_before_the_first_full_run():
+    runs = {}
+    plan = bench.Plan(options(grid_only=True, methods=["AdamW", "AdamW, scale 0.25"]), runs)
+    middle = {name: sorted(method.grid)[1] for name, method in bench.methods(1).items()}
+    while (job := next(plan.jobs(), None)) is not None:
+        finish(runs, job, abs(math.log(job.lr / middle[job.method])))
+    assert {run["num_bytes"] for run in runs.values()} == {100}
+    assert len(runs) == 6
+
+
+def test_the_control_has_galores_rates():
+    model = Llama("tiny", 16, Programs(compiled=False), torch.float32)
+    rates = {
+        id(p): group["lr"]
+        for group in bench.methods(10)["AdamW, scale 0.25"].make(model, 0.01).param_groups
+        for p in group["params"]
+    }
+    assert rates[id(model.embed.weight)] == rates[id(model.head.weight)] == 0.01
+    assert {rates[id(p)] for layer in model.layers for p in layer.parameters() if p.dim() == 2} == {
+        0.0025
+    }
 
 
 def test_a_better_neighbour_is_trained_with_all_seeds():
