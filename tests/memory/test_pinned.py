@@ -373,6 +373,16 @@ def test_every_page_is_touched_whatever_the_kernel_knows(monkeypatch, old_kernel
     assert resident_pages(slab.address, slab.nbytes) == slab.nbytes // PAGE
 
 
+def test_pages_that_are_dropped_really_leave():
+    """Of shared memory, which is what Python maps by default, they would only be hidden, and take no huge pages."""
+    slab = _slab.Slab(4 * MIB, 0, huge_pages=True)
+    slab.populate(0, slab.nbytes)
+    slab.memory[:] = b"x" * slab.nbytes
+    slab.discard()
+    assert resident_pages(slab.address, slab.nbytes) == 0
+    assert slab.memory[:] == bytes(slab.nbytes)
+
+
 def test_no_memory_is_an_error_of_the_one_who_waits(monkeypatch, cudart):
     def refuse(*_args):
         ctypes.set_errno(errno.ENOMEM)
