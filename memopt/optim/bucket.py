@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from memopt.optim.native import Tables
 
 BASIS, BASIS_ROUND, COMPENSATION = "basis", "basis_round", "compensation"
-_NO_BASIS = -1
+NO_BASIS = -1
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Bucket:
         self.offsets = [start for start, _ in self.slices]
         self.parts: list[Part | None] = [None] * len(self.entries)
         self.bases = self._allocate_bases(density)
-        self.basis_rounds = [_NO_BASIS] * len(self.entries)
+        self.basis_rounds = [NO_BASIS] * len(self.entries)
         self.generation = 0  # counts changes of the layout, for caches built from it
         self.number = 0  # position among the group's buckets
         self.shown: list[dict[str, Any]] = [{} for _ in self.entries]  # their `optimizer.state`
@@ -229,7 +229,7 @@ class Bucket:
         """Set the parts of a round without touching the state (first round, or after a load)."""
         parts = self.plan(settings, round_, density)
         for i, entry in enumerate(self.entries):
-            if _is_low_rank(entry) and self.basis_rounds[i] != _NO_BASIS:
+            if _is_low_rank(entry) and self.basis_rounds[i] != NO_BASIS:
                 parts[i] = self._stored_subspace(i, settings, density)
         self.parts, self.offsets = parts, self._place(parts)
         self.generation += 1
@@ -310,6 +310,16 @@ class Bucket:
         """Zero the codes behind a kept range in its last quantisation block."""
         if self.arena.arrays[name].numel() == self.arena.capacity:
             self.arena.arrays[name][start:stop].zero_()
+
+    def forget(self, i: int) -> None:
+        """Zero what a parameter has in this round; a subspace is chosen anew at its next gradient."""
+        part, start = self.parts[i], self.offsets[i]
+        if part is not None:
+            stop = start + self.arena.aligned(part.num_slots)
+            for name in self.arena.arrays:
+                self.arena.piece(name, start, stop).zero_()
+        if _is_low_rank(self.entries[i]):
+            self.parts[i], self.basis_rounds[i] = None, NO_BASIS
 
     # ------------------------------------------------------------------ low rank
     def _stored_subspace(self, i: int, settings: Settings, density: float) -> Part:

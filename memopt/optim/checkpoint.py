@@ -7,13 +7,14 @@ the number 20000001 into 20054016. So the loading is done here, with torch's hoo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from memopt.optim.bucket import COMPENSATION
+from memopt.optim.bucket import BASIS, BASIS_ROUND, COMPENSATION, Bucket
 from memopt.optim.group_state import STEP, GroupState
 from memopt.optim.tensors import local_part
 
@@ -57,7 +58,8 @@ def _take(
         missing = sorted(group.keys() - saved.keys() - {"param_names"})
         if missing:
             raise ValueError(f"the state is not one of Frugal: its groups lack {missing}")
-        group.update({k: v for k, v in saved.items() if k != "params"})
+        # Copies: an lr may be a tensor, which the saved run's scheduler goes on changing.
+        group.update({k: copy.deepcopy(v) for k, v in saved.items() if k != "params"})
         if "param_names" in group and "param_names" not in saved:
             # The choice of every round follows from the names: those that the saved run went by.
             group["param_names"] = position_names(group)
@@ -69,7 +71,7 @@ def _take(
                 f"the state has values of parameter {key!r}, which is in none of its groups"
             )
         param = by_id[key] if not isinstance(key, Tensor) else key
-        optimizer.state[param] = {k: _placed(v, param) for k, v in values.items()}
+        optimizer.state[param] = {k: _placed(k, v, param) for k, v in values.items()}
     rebuild_groups(optimizer)
 
 
@@ -78,12 +80,12 @@ def position_names(group: Mapping[str, Any]) -> list[str]:
     return [f"{group['number']}.{i}" for i in range(len(group["params"]))]
 
 
-def _placed(value: Any, param: Tensor) -> Any:
+def _placed(name: str, value: Any, param: Tensor) -> Any:
     """Bring a state tensor to the parameter's device, in its own dtype, as a copy."""
     if not isinstance(value, Tensor):
         return value
-    if value.dim() == 0:
-        return value.item()
+    if name in {STEP, BASIS_ROUND}:  # some libraries make tensors of numbers
+        return int(value.item())
     return local_part(value).detach().to(device=local_part(param).device, copy=True)
 
 
@@ -100,32 +102,50 @@ def rebuild_groups(optimizer: Frugal) -> None:
 @torch.no_grad()
 def regroup(old: GroupState, members: Sequence[Tensor], names: dict[Tensor, str]) -> GroupState:
     """Rebuild a group that has got more parameters; what had state keeps it where it still fits."""
-    kept: dict[Tensor, tuple[int, dict[str, Any]]] = {}
+    kept: dict[Tensor, dict[str, Any]] = {}
     for param, (bucket, i) in old.home.items():
         values = old.state.pop(param)
-        others = (COMPENSATION, *old.memory_names(bucket.entries[i]))
-        kept[param] = values[STEP], {name: values[name] for name in others if name in values}
+        others = (COMPENSATION, BASIS, BASIS_ROUND, *old.memory_names(bucket.entries[i]))
+        kept[param] = {name: values[name] for name in (STEP, *others) if name in values}
     new = GroupState(old.group, old.state, members, names)
+    for param, values in kept.items():
+        bucket, i = new.home[param]
+        basis = values.pop(BASIS, None)
+        if basis is not None:
+            _keep_basis(bucket, i, basis, values[BASIS_ROUND])
     settings = new.settings()
     for bucket in (*old.buckets, *new.buckets):
         if bucket.generation == 0:
             bucket.restore(settings, old.group["round"], old.group["active_density"])
     new.stepped, new.open = old.stepped, old.open
-    for param, (bucket, i) in new.home.items():
-        if param not in old.home:
-            continue
-        before, j = old.home[param]
-        old_part, new_part = before.parts[j], bucket.parts[i]
-        step, numbers = kept[param]
-        new.state[param].update(numbers)
-        if old_part is None or new_part is None or type(old_part) is not type(new_part):
-            continue
-        new.state[param][STEP] = step
-        start, dtype = before.offsets[j], torch.float32 if before.arena.quantized else before.dtype
-        moments = before.arena.load(start, start + old_part.num_slots, dtype)
-        carried = [
-            new_part.carry(old_part, value, signed=moment.signed)
-            for moment, value in zip(before.arena.moments, moments, strict=True)
-        ]
-        bucket.arena.save(bucket.offsets[i], carried, None)
+    for param, values in kept.items():
+        step = values.pop(STEP)
+        new.state[param].update(values)
+        if _carry(old.home[param], new.home[param]):
+            new.state[param][STEP] = step
     return new
+
+
+def _keep_basis(bucket: Bucket, i: int, basis: Tensor, round_: int) -> None:
+    stored = bucket.bases[i]
+    assert stored is not None
+    stored.copy_(basis)
+    bucket.basis_rounds[i] = round_
+
+
+def _carry(source: tuple[Bucket, int], target: tuple[Bucket, int]) -> bool:
+    """Bring one parameter's moments from arena to arena within a round; False if there are none."""
+    (before, j), (after, i) = source, target
+    old, new = before.parts[j], after.parts[i]
+    if old is None or new is None or type(old) is not type(new):
+        return False
+    start, dtype = before.offsets[j], torch.float32 if before.arena.quantized else before.dtype
+    moments = before.arena.load(start, start + old.num_slots, dtype)
+    if old.num_slots != new.num_slots:  # blocks: the budget has grown
+        signs = [moment.signed for moment in before.arena.moments]
+        moments = [
+            new.carry(old, value, signed=signed)
+            for value, signed in zip(moments, signs, strict=True)
+        ]
+    after.arena.save(after.offsets[i], moments, None)
+    return True

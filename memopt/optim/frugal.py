@@ -118,8 +118,12 @@ class Frugal(Optimizer):
 
     # ------------------------------------------------------------------ groups
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its dict may carry any of the constructor's settings and `split`."""
-        super().add_param_group(param_group)
+        """Add a group; its dict may carry any of the constructor's settings and `split`.
+
+        The dict is copied: several optimizers can be built from the same groups.
+        """
+        self._forget_removed_groups()
+        super().add_param_group(dict(param_group))
         group = self.param_groups[-1]
         # A number of its own, as other libraries (DeepSpeed ZeRO) step groups one at a time and
         # show a list of one group meanwhile: the position in the list says nothing.
@@ -138,6 +142,13 @@ class Frugal(Optimizer):
             self.param_groups.pop()
             raise
 
+    def _forget_removed_groups(self) -> None:
+        """Drop the state of groups that a user took out: where it lies followed from its group."""
+        numbers = {group["number"] for group in self.param_groups}
+        for number in self._groups.keys() - numbers:
+            for param in self._groups.pop(number).home:
+                self.state.pop(param, None)
+
     @staticmethod
     def _names(group: dict[str, Any]) -> dict[Tensor, str]:
         """Return the names selections depend on: from `named_parameters`, else "group.position".
@@ -153,8 +164,10 @@ class Frugal(Optimizer):
     def _group_state(self, group: dict[str, Any], present: list[Tensor]) -> GroupState:
         """Return the group at work; built at its first gradient, and again for thawed parameters."""
         found = self._groups.get(group["number"])
-        if found is not None and found.knows(present):
-            return found
+        if found is not None:
+            found.group, found.state = group, self.state  # either may have been replaced
+            if found.knows(present):
+                return found
         known = set(present) | {p for p in group["params"] if p.requires_grad or p in self.state}
         members = [param for param in group["params"] if param in known]
         if found is None:

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.optim.bucket import BASIS, BASIS_ROUND, COMPENSATION, Bucket, Entry, make_entry
+from memopt.optim.bucket import (
+    BASIS,
+    BASIS_ROUND,
+    COMPENSATION,
+    NO_BASIS,
+    Bucket,
+    Entry,
+    make_entry,
+)
 from memopt.optim.rules import JointRule, state_full_rule
 from memopt.optim.settings import FIXED, Settings
 from memopt.optim.sharding import check_shards, fit_slice
@@ -104,8 +112,7 @@ class GroupState:
         for bucket in self.buckets:
             for i, entry in enumerate(bucket.entries):
                 shown, views = self.state[entry.param], self._views(bucket, i)
-                numbers = {STEP: 0} if bucket.bases[i] is None else {STEP: 0, BASIS_ROUND: -1}
-                shapes = self._shapes(entry)
+                numbers, shapes = self._numbers(bucket, i), self._shapes(entry)
                 if shown:
                     _check_whole(entry, shown, [*numbers, *views], shapes)
                 shown.update({name: shown.get(name, value) for name, value in numbers.items()})
@@ -116,6 +123,11 @@ class GroupState:
                         shown[name] = torch.zeros(shape, dtype=dtype, device=bucket.device)
                 self._take_over(entry, shown, views)
                 self._remember(bucket, i, shown, views)
+
+    @staticmethod
+    def _numbers(bucket: Bucket, i: int) -> dict[str, int]:
+        """Return the counters of a parameter whose state is new."""
+        return {STEP: 0} if bucket.bases[i] is None else {STEP: 0, BASIS_ROUND: NO_BASIS}
 
     def _shapes(self, entry: Entry) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Return the tensors of a parameter's state that do not lie in the arena."""
@@ -147,18 +159,32 @@ class GroupState:
             shown[name] = view
 
     def refresh(self) -> None:
-        """Bring home state that another component has replaced or swapped between two steps."""
+        """Bring home state that another component has replaced or swapped between two steps.
+
+        What has been deleted (`optimizer.state.clear()`) begins anew, as with torch's optimizers.
+        """
         for param, (bucket, i) in self.home.items():
-            shown = self.state[param]
+            shown = self.state.setdefault(param, {})
             known, views = self._shown[param]
             if shown is known and all(
                 shown.get(name) is view and view.data_ptr() == pointer
                 for name, (view, pointer) in views.items()
             ):
                 continue
+            if not shown:
+                self._begin_anew(bucket, i, shown)
             home = self._views(bucket, i)
             self._take_over(bucket.entries[i], shown, home)
             self._remember(bucket, i, shown, home)
+
+    def _begin_anew(self, bucket: Bucket, i: int, shown: dict[str, Any]) -> None:
+        """Zero a parameter's moments, wherever they lie in this round, and its counters."""
+        if bucket.generation == 0:
+            bucket.restore(self.settings(), self.group["round"], self.group["active_density"])
+        bucket.forget(i)
+        shown.update(self._numbers(bucket, i))
+        for name, (shape, dtype) in self._shapes(bucket.entries[i]).items():
+            shown[name] = torch.zeros(shape, dtype=dtype, device=bucket.device)
 
     def _remember(
         self, bucket: Bucket, i: int, shown: dict[str, Any], views: dict[str, Tensor]
