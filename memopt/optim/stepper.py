@@ -64,9 +64,12 @@ class StepContext:
 
     @property
     def work_dtype(self) -> torch.dtype:
-        """Arithmetic is in the weights' dtype, or float32 where the result is rounded by us."""
+        """Arithmetic is in the weights' dtype, or float32 where the result is rounded by us.
+
+        float16 has no eps of 1e-8 (it is 0 there) and no squares of small gradients: float32, too.
+        """
         s, dtype = self.settings, self.arena.dtype
-        if s.quantize is not None or s.rounding != "nearest":
+        if s.quantize is not None or s.rounding != "nearest" or dtype == torch.float16:
             return torch.promote_types(dtype, torch.float32)
         return dtype
 

@@ -111,3 +111,17 @@ def test_a_subspace_of_rank_0_survives_a_load(shape, selection, on_switch):
         assert torch.equal(sides[0][0], sides[1][0])
         sides[1][1].load_state_dict(copy.deepcopy(sides[1][1].state_dict()))
     assert sides[1][1].state_bytes() == sides[0][1].state_bytes()
+
+
+def test_float16_is_stepped_in_float32():
+    """In float16 eps is 0 and the square of a small gradient, too: the step would be infinite."""
+    for impl in ("reference", "foreach"):
+        weight = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.float16))
+        optimizer = Frugal([weight], lr=1e-2, density=1.0, impl=impl)
+        exact = weight.detach().double()
+        for _ in range(1, 4):
+            weight.grad = torch.full_like(weight, 1e-3)
+            optimizer.step()
+            exact = exact - 1e-2
+        assert weight.isfinite().all()
+        assert (weight.double() - exact).abs().max() < 2e-2  # the stored squares are still 0

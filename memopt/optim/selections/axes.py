@@ -57,7 +57,8 @@ class ChosenColumns(Part):
         assert isinstance(old, ChosenColumns)
         at_old, at_new = common_positions(old.index, self.index)
         new = moment.new_zeros(self.rows, self.index.numel())
-        new.index_copy_(1, at_new, moment.view(self.rows, -1).index_select(1, at_old))
+        before = moment.view(self.rows, old.index.numel())
+        new.index_copy_(1, at_new, before.index_select(1, at_old))
         return new.view(-1)
 
 
@@ -104,7 +105,8 @@ class ChosenRows(Part):
         assert isinstance(old, ChosenRows)
         at_old, at_new = common_positions(old.index, self.index)
         new = moment.new_zeros(self.index.numel(), self.columns)
-        new.index_copy_(0, at_new, moment.view(-1, self.columns).index_select(0, at_old))
+        before = moment.view(old.index.numel(), self.columns)
+        new.index_copy_(0, at_new, before.index_select(0, at_old))
         return new.view(-1)
 
 
