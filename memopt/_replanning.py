@@ -2,8 +2,9 @@
 
 Plans switch only at a root forward without a live frame. A step is timed that began with its plan
 in force and no host memory being locked. The first such step gives a new plan. The second, which
-runs that plan, only corrects what it predicts: the less a step waits, the hotter and slower the
-device computes, which no step of another plan can show. A step in which something ran forward only
+runs that plan, corrects what it predicts: the less a step waits, the hotter and slower the
+device computes, which no step of another plan can show. Only where it waited for transfers that the plan took
+for hidden is there a third plan, and a third timed step. A step in which something ran forward only
 (an evaluation with gradients, an exception) is timed again in the next one, a few times.
 """
 
@@ -20,6 +21,7 @@ _TIMES_FROM = 2
 """Steps before the one that is timed: one is traced, one more may compile kernels."""
 
 _TIMED_STEPS = 2
+_MOST_TIMED_STEPS = 3
 _MAX_RETRIES = 3
 _WAITING = (
     "a new plan waited because the graph of an earlier step was still alive (a kept loss or output); "
@@ -38,6 +40,8 @@ class Replanning:
         self._num_timed = 0
         self._num_retries = 0
         self._corrected = False
+        self._is_stale = False
+        self._num_wanted = _TIMED_STEPS
 
     def begin(self, planner: Planner) -> None:
         """The traced step ended: make the first plan."""
@@ -58,7 +62,7 @@ class Replanning:
         stale = planner.sees_gradients(steps.grad_bytes())
         if self._corrected:
             self._corrected = False
-            if self._num_timed == 1:
+            if self._is_stale:
                 stale = True
             else:
                 engine.use(planner.with_prediction(engine.plan))
@@ -73,7 +77,7 @@ class Replanning:
         # the first step of a plan rehearses what may be skipped
         settled = steps.num_steps > self._first_step_of_plan and not resources.is_locking
         undisturbed = settled and steps.num_steps >= _TIMES_FROM
-        if undisturbed and self._num_timed < _TIMED_STEPS and not steps.begun:
+        if undisturbed and self._num_timed < self._num_wanted and not steps.begun:
             self._timed_step = steps.num_steps
             engine.time_regions(RegionClock(resources.meter))
 
@@ -88,5 +92,6 @@ class Replanning:
             return
         self._num_timed += 1
         self._corrected = True
-        if not clock.is_full:
-            planner.calibrate(engine.plan, steps.last_step_s(), clock)
+        held_up = not clock.is_full and planner.calibrate(engine.plan, steps.last_step_s(), clock)
+        self._is_stale = self._num_timed == 1 or (held_up and self._num_timed < _MOST_TIMED_STEPS)
+        self._num_wanted = max(_TIMED_STEPS, self._num_timed + self._is_stale)

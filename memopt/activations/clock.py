@@ -3,7 +3,8 @@
 The traced step is a poor clock: it digests tensors, kernels compile in it, memory is mapped in it.
 So one later step is timed at region boundaries, which costs an event each, and corrects the trace.
 What compute waited for transfers is taken off the phase it fell into: the planner counts waits by
-itself.
+itself. For that it needs the link's rate as it is beside compute, and what the step's copies took says it: waits
+do not, as most of them are for a plan that asked too much of a link that ran at its full rate.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from memopt.activations.transfers import LinkDirection
 from memopt.memory.meter import Meter
 from memopt.types.trace import RegionTimes
 
 MAX_CALLS = 1 << 14
-"""Region calls, and waits, that one clock marks: some loops never end the step that is timed."""
+"""Region calls, waits and copies that one clock marks: some loops never end the step that is timed."""
+
+LEAST_COPIED_BYTES = 64 << 20
+"""Of copies of at least 4 MiB each: fewer say little of a link of 55 GB/s."""
 
 
 @dataclass(eq=False)
@@ -51,6 +56,7 @@ class RegionClock:
         self._calls: dict[str, list[_Call]] = {}
         self._phase: _Phase | None = None
         self._waits: list[tuple[Any, Any]] = []
+        self._copies: dict[LinkDirection, list[tuple[int, Any, Any]]] = {"d2h": [], "h2d": []}
         self._num_forwards: Counter[str] = Counter()
         self._num_backwards: Counter[str] = Counter()
         self._room = MAX_CALLS
@@ -131,6 +137,19 @@ class RegionClock:
         if self._phase is not None:
             self._phase.waits.append((begin, end))
 
+    def copied(self, direction: LinkDirection, nbytes: int, begin: Any, end: Any) -> None:
+        """The link carried bytes between two marks."""
+        self._take_room()
+        if not self.is_full:
+            self._copies[direction].append((nbytes, begin, end))
+
+    def link_bytes_per_s(self, direction: LinkDirection) -> float | None:
+        """Return the link's rate in the step; None where it carried too little to tell."""
+        copies = self._copies[direction]
+        nbytes = sum(size for size, _, _ in copies)
+        seconds = sum(self._meter.seconds(begin, end) for _, begin, end in copies)
+        return nbytes / seconds if nbytes >= LEAST_COPIED_BYTES and seconds > 0.0 else None
+
     def waited_s(self) -> float:
         """Return how long compute waited in all, inside of regions and outside."""
         return sum(self._meter.seconds(begin, end) for begin, end in self._waits)
@@ -158,6 +177,8 @@ class RegionClock:
         if self.is_full:
             self._calls.clear()
             self._waits.clear()
+            for copies in self._copies.values():
+                copies.clear()
 
     def _open(self) -> _Phase:
         self._phase = _Phase(self._meter.mark())

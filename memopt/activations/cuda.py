@@ -28,7 +28,7 @@ from memopt.activations.chain import WORDS_BYTES, Chain, open_chain
 from memopt.activations.spill import SpillArea
 from memopt.activations.stored import Label, Stored
 from memopt.activations.tensors import flat_elements, nbytes_of, shared_alias, version_of
-from memopt.activations.transfers import Moved
+from memopt.activations.transfers import LinkDirection, Moved
 from memopt.memory.pinned import HostBuffer, HostPool
 from memopt.types.errors import SavedOutputChangedError
 from memopt.types.plan import Placement
@@ -131,10 +131,26 @@ class CudaTransfers:
 
     def copy_out(self, source: Tensor, buffer: HostBuffer, label: Label) -> Outgoing:
         """Copy `source` into `buffer` on the outgoing stream, inside the window."""
-        with torch.cuda.stream(self.begin_out(nbytes_of(source))):
+        stream, nbytes = self.begin_out(nbytes_of(source)), nbytes_of(source)
+        begin = self._copy_begins(stream, nbytes)
+        with torch.cuda.stream(stream):
             host = buffer.tensor(source.dtype, (source.numel(),))
             host.copy_(flat_elements(source), non_blocking=True)
+        self._copy_ends(stream, nbytes, "d2h", begin)
         return self.end_out(source, label)
+
+    def _copy_begins(self, stream: torch.cuda.Stream, nbytes: int) -> Any:
+        """Mark the time on a copy's stream where copies are timed; small ones would time the gaps between them."""
+        if self.moved.on_copy is None or nbytes < LARGE_BYTES:
+            return None
+        return stream.record_event(torch.cuda.Event(enable_timing=True))
+
+    def _copy_ends(
+        self, stream: torch.cuda.Stream, nbytes: int, direction: LinkDirection, begin: Any
+    ) -> None:
+        if begin is not None and self.moved.on_copy is not None:
+            end = stream.record_event(torch.cuda.Event(enable_timing=True))
+            self.moved.on_copy(direction, nbytes, begin, end)
 
     def begin_out(self, nbytes: int) -> torch.cuda.Stream:
         """Make room in the window; return the outgoing stream, ordered behind what the program asked so far."""
@@ -163,10 +179,12 @@ class CudaTransfers:
                 return Landing(tensor, event, compute)
             self._copies_in.flush()  # in the order of asking
         self.in_stream.wait_event(compute.record_event())
+        begin = self._copy_begins(self.in_stream, nbytes)
         with torch.cuda.stream(self.in_stream):
             flat = flat_elements(tensor)
             flat.copy_(buffer.tensor(dtype, (flat.numel(),)), non_blocking=True)
             event = self.in_stream.record_event()
+        self._copy_ends(self.in_stream, nbytes, "h2d", begin)
         self.moved.h2d_bytes += nbytes
         return Landing(tensor, event, compute)
 

@@ -164,7 +164,9 @@ class ActivationEngine:
     def time_regions(self, clock: RegionClock | None) -> None:
         """Time the regions of the step that begins; None: stop."""
         self.clock = clock
-        self.transfers.moved.on_wait = clock.waited if clock is not None else None
+        moved = self.transfers.moved
+        moved.on_wait = clock.waited if clock is not None else None
+        moved.on_copy = clock.copied if clock is not None else None
 
     # - A region call
 

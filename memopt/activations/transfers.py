@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch import Tensor
 from memopt.activations.spill import SpillArea, SpillStored
 from memopt.activations.stored import Label, Stored
 from memopt.types.plan import Placement
+
+LinkDirection = Literal["d2h", "h2d"]
 
 
 @dataclass(slots=True)
@@ -34,6 +36,8 @@ class Moved:
     """Tensors that came while the host memory for them was still being locked."""
     on_wait: Callable[[Any, Any], None] | None = None
     """Called with two marks of the device's time between which compute waits."""
+    on_copy: Callable[[LinkDirection, int, Any, Any], None] | None = None
+    """Called with bytes and two such marks between which the link carries them, and nothing else of ours."""
 
     def waited_on_cpu(self, begin_s: float) -> None:
         """Count the time since `begin_s`, on the process's clock, as a wait of compute."""

@@ -8,7 +8,7 @@ from torch import nn
 
 import memopt
 from memopt._planning import Planner
-from memopt.activations.clock import MAX_CALLS, RegionClock
+from memopt.activations.clock import LEAST_COPIED_BYTES, MAX_CALLS, RegionClock
 from memopt.memory.meter import CpuMeter
 from memopt.types.plan import Plan, RegionPlan
 
@@ -85,6 +85,19 @@ def test_calls_of_one_name_give_their_median():
     assert clock.times()["a"].forward_s == 2.0
 
 
+def test_rates_of_the_link_need_enough_bytes():
+    clock = RegionClock(Hands())
+    for _ in range(4):
+        clock.copied("d2h", LEAST_COPIED_BYTES // 4, 1.0, 1.5)
+    clock.copied("h2d", LEAST_COPIED_BYTES - 1, 0.0, 1.0)
+    assert clock.link_bytes_per_s("d2h") == LEAST_COPIED_BYTES / 2.0
+    assert clock.link_bytes_per_s("h2d") is None
+    for _ in range(MAX_CALLS):
+        clock.copied("h2d", 1, 0.0, 1.0)
+    assert clock.is_full
+    assert clock.link_bytes_per_s("d2h") is None
+
+
 @pytest.mark.parametrize("with_optimizer", [True, False])
 @pytest.mark.parametrize("num_micro", [1, 2])
 def test_two_steps_are_timed_whole(monkeypatch, with_optimizer, num_micro):
@@ -93,7 +106,7 @@ def test_two_steps_are_timed_whole(monkeypatch, with_optimizer, num_micro):
 
     def calibrate(self, plan, step_s, clock):
         seen.append((step_s, clock.times()))
-        real(self, plan, step_s, clock)
+        return real(self, plan, step_s, clock)
 
     monkeypatch.setattr(Planner, "calibrate", calibrate)
     blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4))
@@ -109,6 +122,7 @@ def test_two_steps_are_timed_whole(monkeypatch, with_optimizer, num_micro):
                 optimizer.zero_grad()
         assert run._engine.clock is None
         assert run._engine.transfers.moved.on_wait is None
+        assert run._engine.transfers.moved.on_copy is None
         assert run.plan.predicted is not None
     assert len(seen) == 2
     step_s, times = seen[1]
@@ -235,7 +249,7 @@ def test_a_step_is_measured_by_itself_where_graphs_still_live(monkeypatch):
 
     def calibrate(self, plan, step_s, clock):
         seen.append((step_s, clock.num_micro_batches))
-        real(self, plan, step_s, clock)
+        return real(self, plan, step_s, clock)
 
     monkeypatch.setattr(Planner, "calibrate", calibrate)
     model, x = Stack(), torch.ones(256, 64)
@@ -281,3 +295,27 @@ def test_a_plan_that_waits_for_an_old_graph_says_so():
             held.append(model(x).sum())
             model(x).sum().backward()
         assert any("detach what you keep" in note for note in run.report().notes)
+
+
+@pytest.mark.gpu
+def test_copies_beside_compute_tell_the_rate_of_the_link(monkeypatch):
+    rates = []
+    real = Planner.calibrate
+
+    def calibrate(self, plan, step_s, clock):
+        rates.append((clock.link_bytes_per_s("d2h"), clock.link_bytes_per_s("h2d")))
+        return real(self, plan, step_s, clock)
+
+    monkeypatch.setattr(Planner, "calibrate", calibrate)
+    model = Stack().cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with memopt.optimize(model, optimizer, plan="host") as run:
+        for _ in range(6):
+            model(torch.ones(1 << 16, 64, device="cuda")).sum().backward()  # 16 and 32 MiB outputs
+            optimizer.step()
+            optimizer.zero_grad()
+        probed = run._replanning.planner._hardware
+    assert len(rates) >= 2
+    for rate in rates[0]:
+        assert 5e9 < rate < 1e11
+    assert "copies showed" in probed.source

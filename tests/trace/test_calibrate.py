@@ -173,8 +173,12 @@ class Waits:
 
     num_micro_batches = 1
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, link_bytes_per_s: float | None = None) -> None:
         self.seconds = seconds
+        self.rate = link_bytes_per_s
+
+    def link_bytes_per_s(self, direction: str) -> float | None:
+        return self.rate
 
     def waited_s(self) -> float:
         return self.seconds
@@ -183,7 +187,8 @@ class Waits:
         return {f"r{i}": true_times({0, 1, 2}) for i in range(4)}
 
 
-def test_a_step_that_waited_by_accident_does_not_slow_the_link_for_ever():
+def a_planner() -> tuple[Planner, Plan]:
+    """A planner of four regions, all of whose outputs go to the host over a link of 1 GB/s."""
     link = replace(HARDWARE, d2h_bytes_per_s=1e9, h2d_bytes_per_s=1e9)
     resources: Any = SimpleNamespace(hardware=lambda: link, staging_bytes=0)
     moved = tuple(
@@ -197,6 +202,11 @@ def test_a_step_that_waited_by_accident_does_not_slow_the_link_for_ever():
     )
     trace = step_trace([region(f"r{i}") for i in range(4)], compiling_s=0.0)
     planner = Planner(trace, plan, resources, exact=True)
+    return planner, plan
+
+
+def test_a_step_that_waited_by_accident_does_not_slow_the_link_for_ever():
+    planner, plan = a_planner()
     hidden = planner.with_prediction(plan).predicted.exposed_s
     compute_s = true_step_s([{0, 1, 2}] * 4)
     for waited_s in (2.0, hidden):
@@ -206,3 +216,24 @@ def test_a_step_that_waited_by_accident_does_not_slow_the_link_for_ever():
         if waited_s == 2.0:
             assert predicted.exposed_s > 0.5, "it is believed at first"
     assert predicted.step_s == pytest.approx(compute_s + hidden, rel=0.02)
+
+
+def test_the_link_is_as_fast_as_the_steps_copies_not_as_its_waits():
+    planner, plan = a_planner()
+    compute_s = true_step_s([{0, 1, 2}] * 4)
+    first: Any = Waits(2.0, link_bytes_per_s=8e8)
+    assert not planner.calibrate(plan, compute_s + 2.0, first), "its plan came from the trace"
+    assert planner._hardware.d2h_bytes_per_s == planner._hardware.h2d_bytes_per_s == 8e8
+    hidden = planner.with_prediction(plan).predicted.exposed_s
+    assert hidden < 0.5
+    calm: Any = Waits(hidden, link_bytes_per_s=9e8)
+    assert not planner.calibrate(plan, compute_s + hidden, calm)
+    assert planner._hardware.d2h_bytes_per_s == 8e8, (
+        "the first step's, as that is what the plan is for"
+    )
+    slow: Any = Waits(2.0, link_bytes_per_s=8e8)
+    assert planner.calibrate(plan, compute_s + 2.0, slow), (
+        "this one's plan took its transfers for hidden"
+    )
+    assert planner._hardware.d2h_bytes_per_s < 8e8
+    assert planner.with_prediction(plan).predicted.exposed_s > 0.5
