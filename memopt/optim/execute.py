@@ -33,14 +33,14 @@ def update_params(state: GroupState, params: Sequence[Tensor], impl: str) -> Non
     for bucket, indices in state.by_bucket(params):
         _refuse_moved(bucket, indices)
         state.choose_bases(bucket, indices, settings)
-        if not capturing:  # the host's counters are those of `begin_step` then
-            for i in indices:
-                bucket.shown[i][STEP] += 1
         reason = why_not_native(bucket, settings, rules) if impl in ("auto", "native") else impl
         if reason and (impl == "native" or settings.capturable):
             raise NativeUnavailable(
                 f"impl='native' (or capturable=True) was asked for, but {reason}"
             )
+        if not capturing:  # the host's counters are those of `begin_step` then
+            for i in indices:
+                bucket.shown[i][STEP] += 1
         if reason:
             _update_in_torch(state, bucket, indices, rules, settings, impl)
         else:

@@ -29,7 +29,7 @@ from memopt.optim import checkpoint
 from memopt.optim.execute import begin_replay, is_capturing, update_params
 from memopt.optim.group_state import CLOCK, GroupState
 from memopt.optim.rules import state_free_rule, state_full_rule
-from memopt.optim.settings import Settings
+from memopt.optim.settings import Settings, warn_of_no_effect
 from memopt.optim.sharding import as_sharded
 from memopt.optim.tensors import local_part, shards_of
 
@@ -41,7 +41,8 @@ class Frugal(Optimizer):
 
     Args:
         params: parameters, (name, parameter) pairs, or groups of either; a group may carry any
-            argument below as its own setting, and `split=False` to keep state for all of it.
+            argument below but `impl` and `foreach` as its own setting, and `split=False` to keep
+            state for all of it.
         lr: learning rate of the whole group; a tensor is allowed.
         betas: AdamW's and Lion's coefficients; sgdm uses the first as its momentum.
         eps: added to AdamW's denominator.
@@ -98,8 +99,13 @@ class Frugal(Optimizer):
         foreach: bool | None = None,
         arena_density: float | None = None,
     ) -> None:
-        if foreach is not None and impl == "auto":
-            impl = "foreach" if foreach else "reference"
+        if foreach is not None:
+            asked = "foreach" if foreach else "reference"
+            if impl not in ("auto", asked):
+                raise ValueError(
+                    f"foreach={foreach!r} means impl={asked!r}, but impl={impl!r} was given: say one"
+                )
+            impl = asked
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl={impl!r} is not known: choose one of {IMPLEMENTATIONS}")
         self._impl = impl
@@ -115,6 +121,7 @@ class Frugal(Optimizer):
             "arena_density": arena_density, **CLOCK,
         }  # fmt: skip
         super().__init__(params, defaults)
+        warn_of_no_effect(self.param_groups)
 
     # ------------------------------------------------------------------ groups
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -122,6 +129,8 @@ class Frugal(Optimizer):
 
         The dict is copied: several optimizers can be built from the same groups.
         """
+        if "impl" in param_group:
+            raise ValueError("impl is the optimizer's, not a group's: give it to Frugal(...)")
         self._forget_removed_groups()
         super().add_param_group(dict(param_group))
         group = self.param_groups[-1]

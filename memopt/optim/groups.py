@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from io import StringIO
 from typing import Any
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from memopt.optim.settings import Settings
 from memopt.optim.tensors import matrix_shape
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -67,6 +68,14 @@ class FrugalGroups(list[dict[str, Any]]):
         return text.getvalue()
 
 
+def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return parameter groups as they are; parameters, or pairs with names, as one that is split."""
+    found = list(params)
+    if all(isinstance(item, dict) for item in found):
+        return found
+    return [{"params": found}]
+
+
 def _group_bytes(group: dict[str, Any], moment_bytes: int) -> int:
     from memopt.optim.selections import selection_named
     from memopt.optim.tensors import share
@@ -109,8 +118,14 @@ def frugal_groups(
         Groups for `Frugal(...)`; `print(groups)` shows them as a table.
 
     Raises:
-        ValueError: for a pattern that matches nothing, or a model without trainable parameters.
+        ValueError: for a pattern that matches nothing, a setting that no group has, or a model
+            without trainable parameters.
     """
+    allowed = [field.name for field in fields(Settings) if field.name not in {"density", "split"}]
+    if unknown := sorted(settings.keys() - set(allowed)):
+        raise ValueError(
+            f"frugal_groups got {unknown}, which are no settings of a group: choose from {allowed}"
+        )
     always_full, split = list(always_full), list(split)
     roles = _roles(model)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -142,20 +157,24 @@ def _roles(model: nn.Module) -> dict[str, str]:
     embedded = {
         id(p) for m in model.modules() if isinstance(m, _EMBEDDINGS) for p in m.parameters()
     }
-    matrices = [
-        name for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in embedded
-    ]
-    last = matrices[-1] if matrices else ""
+    norms = {
+        id(p) for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters(False)
+    }
     roles = {}
     for name, param in model.named_parameters():
         if id(param) in embedded:
             roles[name] = "embedding"
-        elif param.dim() < 2:
-            roles[name] = "bias" if name.endswith("bias") else "norm or vector"
-        elif in_blocks:
-            roles[name] = "linear in a block" if id(param) in in_blocks else "output head or other"
-        else:  # a model without repeated blocks: every matrix but the last
-            roles[name] = "output head or other" if name == last else "linear in a block"
+        elif "bias" in name.rpartition(".")[2]:  # experts have biases of two dimensions
+            roles[name] = "bias"
+        elif param.dim() < 2 or id(param) in norms:
+            roles[name] = "norm or vector"
+        elif in_blocks and id(param) not in in_blocks:
+            roles[name] = "output head or other"
+        else:
+            roles[name] = "linear in a block"
+    if not in_blocks:  # a model without repeated blocks: every matrix but the last
+        for name in [name for name, role in roles.items() if role == "linear in a block"][-1:]:
+            roles[name] = "output head or other"
     return roles
 
 

@@ -6,9 +6,11 @@ into values and is the only reader of that dict's settings.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -31,9 +33,26 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not known: choose one of {options}")
 
 
-def _at_least(name: str, value: float, low: float) -> None:
-    if not isinstance(value, (int, float)) or not low <= value < math.inf:
+def _is_number(value: object, low: float, high: float) -> bool:
+    return isinstance(value, Real) and low <= float(value) <= high
+
+
+def _at_least(name: str, value: object, low: float) -> None:
+    if not _is_number(value, low, sys.float_info.max):
         raise ValueError(f"{name}={value!r} must be a number of at least {low} and finite")
+
+
+def _is_pair_of_betas(values: object) -> bool:
+    return (
+        isinstance(values, tuple)
+        and len(values) == 2
+        and all(_is_number(beta, 0.0, 1.0) and beta < 1.0 for beta in values)
+    )
+
+
+def _check_seed(seed: object) -> None:
+    if not isinstance(seed, Integral):  # choices follow from its text: 1 and 1.0 are two
+        raise ValueError(f"seed={seed!r} must be a whole number")  # noqa: TRY004 - as all others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +89,8 @@ class Settings:
     def of(cls, group: Mapping[str, Any]) -> Settings:
         """Read and check a parameter group."""
         values = {field.name: group[field.name] for field in fields(cls)}
-        values["betas"] = tuple(values["betas"])
+        if isinstance(values["betas"], list):
+            values["betas"] = tuple(values["betas"])
         return cls(**values)
 
     def __post_init__(self) -> None:
@@ -97,19 +117,20 @@ class Settings:
         _at_least("weight_decay", self.weight_decay, 0.0)
         _at_least("state_full_lr_scale", self.state_full_lr_scale, 0.0)
         _at_least("state_free_lr_scale", self.state_free_lr_scale, 0.0)
-        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+        if not _is_pair_of_betas(self.betas):
             raise ValueError(f"betas={self.betas!r} must be two numbers in [0, 1)")
         for name in ("density", "arena_density"):
             value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
+            if not _is_number(value, 0.0, 1.0):
                 raise ValueError(f"{name}={value!r} must lie in [0, 1]")
         if self.density > self.arena_density:
             raise ValueError(
                 f"density={self.density!r} is above arena_density={self.arena_density!r}, for which"
                 " the state was allocated: build the optimizer with the largest density of the run"
             )
-        if self.update_gap != int(self.update_gap) or self.update_gap < 1:
+        if not _is_number(self.update_gap, 1, 2**62) or self.update_gap != int(self.update_gap):
             raise ValueError(f"update_gap={self.update_gap!r} must be a whole number of at least 1")
+        _check_seed(self.seed)
 
     def check_lr(self) -> None:
         """Refuse a learning rate that a user gives; a scheduler's may miss 0 by its rounding."""
@@ -142,3 +163,23 @@ class Settings:
     def largest_density(self) -> float:
         """Density the state is allocated for."""
         return self.arena_density if self.split else 1.0
+
+
+def warn_of_no_effect(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of settings that an optimizer was given and that change nothing in any of its groups."""
+    split = [Settings.of(group) for group in groups if group["split"]]
+    low = any(
+        p.dtype in (torch.bfloat16, torch.float16) for group in groups for p in group["params"]
+    )
+    idle = {}
+    for s in map(Settings.of, groups):
+        rounds_codes = s.rounding == "stochastic" and s.quantize is not None
+        if s.rounding != "nearest" and not low and not rounds_codes:
+            idle[f"rounding={s.rounding!r}"] = "no parameter is bfloat16 or float16"
+    for s in split:
+        if s.order != "random" and all(other.selection != "blocks" for other in split):
+            idle[f"order={s.order!r}"] = f"it is for selection='blocks', not {s.selection!r}"
+        if s.complement != "exact" and not any(other.low_rank for other in split):
+            idle[f"complement={s.complement!r}"] = f"selection {s.selection!r} has no subspace"
+    for setting, reason in idle.items():
+        warnings.warn(f"{setting} has no effect: {reason}", stacklevel=3)

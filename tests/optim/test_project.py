@@ -20,8 +20,10 @@ def moments(optimizer, p):
 
 
 @pytest.mark.parametrize("quantize", [None, "8bit"])
-@pytest.mark.parametrize("order", ["random", "ascending"])
-@pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates"])
+@pytest.mark.parametrize(("selection", "order"), [
+    ("blocks", "random"), ("blocks", "ascending"), ("columns", "random"), ("rows", "random"),
+    ("coordinates", "random"),
+])  # fmt: skip
 def test_what_stays_chosen_keeps_its_moments(selection, order, quantize):
     torch.manual_seed(0)
     params = [

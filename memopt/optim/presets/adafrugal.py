@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from memopt.optim.frugal import Frugal
+from memopt.optim.groups import as_groups
 
 
 class AdaFrugalSchedule:
@@ -83,7 +84,7 @@ class AdaFrugalSchedule:
 
 
 def adafrugal(
-    groups: Iterable[dict[str, Any]],
+    groups: Iterable[Any],
     lr: float = 1e-3,
     *,
     schedule: dict[str, Any] | None = None,
@@ -95,7 +96,7 @@ def adafrugal(
     largest = max(start, float(schedule.get("density_end", 0.05)))
     chosen = [
         {**group, "density": start, "arena_density": largest} if group.get("split", True) else group
-        for group in groups
+        for group in as_groups(groups)
     ]
     optimizer = Frugal(chosen, lr=lr, **settings)
     return optimizer, AdaFrugalSchedule(optimizer, **schedule)

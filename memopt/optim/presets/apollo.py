@@ -93,7 +93,7 @@ register_state_full(ApolloMiniRule())
 
 
 def apollo(
-    groups: Iterable[dict[str, Any]],
+    groups: Iterable[Any],
     lr: float = 0.01,
     *,
     rank: int | None = None,
@@ -105,7 +105,7 @@ def apollo(
     """Return APOLLO, or APOLLO-Mini, over the groups of `frugal_groups`; other groups are AdamW.
 
     Args:
-        groups: parameter groups.
+        groups: parameter groups, or parameters: one group, all of it split.
         lr: learning rate (the paper's: 0.01).
         rank: the same for all matrices; None takes `density` of the groups, or 1 for Mini.
         mini: one factor a matrix.

@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from memopt.optim.frugal import Frugal
+from memopt.optim.groups import as_groups
 
 
 def badam(
-    groups: Iterable[dict[str, Any]],
+    groups: Iterable[Any],
     lr: float = 1e-3,
     *,
     num_blocks: int,
@@ -41,7 +42,7 @@ def badam(
         raise ValueError(f"num_blocks={num_blocks} must be at least 1")
     chosen = [
         {**group, "density": 1.0 / num_blocks} if group.get("split", True) else group
-        for group in groups
+        for group in as_groups(groups)
     ]
     return Frugal(
         chosen, lr=lr, update_gap=switch_every, selection="blocks", order=order,

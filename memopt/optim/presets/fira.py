@@ -51,7 +51,7 @@ register_state_full(FiraRule())
 
 
 def fira(
-    groups: Iterable[dict[str, Any]],
+    groups: Iterable[Any],
     lr: float = 0.01,
     *,
     rank: int | None = None,
@@ -62,7 +62,7 @@ def fira(
     """Return Fira over the groups of `frugal_groups`; other groups are AdamW.
 
     Args:
-        groups: parameter groups.
+        groups: parameter groups, or parameters: one group, all of it split.
         lr: learning rate (the paper's: 0.01).
         rank: the same for all matrices; None takes `density` of the groups.
         update_gap: steps between decompositions.

@@ -16,11 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from memopt.optim.frugal import Frugal
+from memopt.optim.groups import as_groups
 from memopt.optim.tensors import matrix_shape
 
 
 def galore(
-    groups: Iterable[dict[str, Any]],
+    groups: Iterable[Any],
     lr: float = 0.01,
     *,
     rank: int | None = None,
@@ -31,7 +32,7 @@ def galore(
     """Return GaLore over the groups of `frugal_groups`.
 
     Args:
-        groups: parameter groups; groups with `split=False` are AdamW.
+        groups: parameter groups, or parameters (all split); groups with `split=False` are AdamW.
         lr: learning rate (the paper's: 0.01).
         rank: the same for all matrices; None takes `density` of the groups.
         update_gap: steps between decompositions.
@@ -47,14 +48,14 @@ def galore(
     )  # fmt: skip
 
 
-def with_rank(groups: Iterable[dict[str, Any]], rank: int | None) -> list[dict[str, Any]]:
+def with_rank(groups: Iterable[Any], rank: int | None) -> list[dict[str, Any]]:
     """Give split groups the density that makes every matrix's rank `rank` (None: as they are).
 
     Raises:
         ValueError: for a rank of a matrix's shorter side or more.
     """
     chosen = []
-    for group in groups:
+    for group in as_groups(groups):
         if rank is None or not group.get("split", True):
             chosen.append(group)
             continue

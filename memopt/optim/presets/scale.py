@@ -4,8 +4,8 @@
     W <- W - lr C(m_t),    C(G)[:, j] = G[:, j] / ||G[:, j]||_2
 
 The paper writes layers as (in, out) and normalises along the output dimension: one norm for each
-output unit. That is over dim 1 of torch's (out, in) linear weights, and over dim 0 of embeddings,
-which torch stores as (in, out). Vectors are AdamW, as in the paper. (The authors' published code
+output unit. That is over dim 1 of torch's (out, in) linear weights, and over dim 0 of embeddings
+and of GPT-2's Conv1D, which are stored as (in, out). Vectors are AdamW, as in the paper. (The authors' published code
 divides by the root mean square instead of the norm: a factor sqrt(length) in the learning rate.)
 This file is also the example of a new method: two rules, one function.
 """
@@ -23,6 +23,8 @@ from memopt.optim.groups import frugal_groups
 from memopt.optim.rules import register_state_free, register_state_full
 from memopt.optim.rules.base import Hyper, Moment, StateFullRule, Total, WholeRule
 from memopt.optim.rules.free import column_normalized
+
+TRANSPOSED = "linear stored as (in, out)"
 
 
 class NormalizedMomentum(StateFullRule):
@@ -81,14 +83,17 @@ def scale(
     found = frugal_groups(model)
     roles = {assignment.name: assignment.role for assignment in found.assignments}
     by_role: dict[str, list[tuple[str, Tensor]]] = {}
+    transposed = {id(m.weight) for m in model.modules() if type(m).__name__ == "Conv1D"}
     for name, param in model.named_parameters():
         if param.requires_grad:
-            by_role.setdefault(roles[name], []).append((name, param))
+            role = TRANSPOSED if id(param) in transposed else roles[name]
+            by_role.setdefault(role, []).append((name, param))
     free = {"density": 0.0, "state_free": "column_normalized"}
     vectors = {"split": False, "lr": lr if adam_lr is None else adam_lr}
     head = {"split": False, "state_full": NormalizedMomentum.name, "betas": (momentum, 0.999)}
     kinds: dict[str, dict[str, Any]] = {
         "linear in a block": free,
+        TRANSPOSED: {**free, "state_free": EmbeddingNormalized.name},
         "embedding": {**free, "state_free": EmbeddingNormalized.name},
         "output head or other": head,
         "bias": vectors,

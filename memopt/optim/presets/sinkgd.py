@@ -19,6 +19,7 @@ from torch import Tensor
 
 from memopt.ops.signs import sign
 from memopt.optim.frugal import Frugal
+from memopt.optim.groups import as_groups
 from memopt.optim.rules import register_state_free
 from memopt.optim.rules.base import Total, WholeRule
 
@@ -56,7 +57,7 @@ register_state_free(Sinkhorn())
 
 
 def sinkgd(
-    groups: Iterable[dict[str, Any]],
+    groups: Iterable[Any],
     lr: float = 1e-3,
     *,
     alpha: float = 1.0,
@@ -66,7 +67,7 @@ def sinkgd(
     """Return SinkGD over the split groups of `frugal_groups`; other groups are AdamW.
 
     Args:
-        groups: parameter groups.
+        groups: parameter groups, or parameters: one group, all of it split.
         lr: learning rate of all groups.
         alpha: factor on it for the normalised gradients.
         iterations: L.
@@ -79,5 +80,8 @@ def sinkgd(
         raise ValueError(f"iterations={iterations} must be at least 1")
     rule = Sinkhorn(iterations)
     register_state_free(rule)
-    chosen = [{**group, "density": 0.0} if group.get("split", True) else group for group in groups]
+    chosen = [
+        {**group, "density": 0.0} if group.get("split", True) else group
+        for group in as_groups(groups)
+    ]
     return Frugal(chosen, lr=lr, state_free=rule.name, state_free_lr_scale=alpha, **settings)
