@@ -127,7 +127,7 @@ class Planner:
         )
         return True
 
-    def calibrate(self, plan: Plan, step_s: float, clock: RegionClock) -> bool:
+    def calibrate(self, plan: Plan, step_s: float, clock: RegionClock) -> None:
         """Correct the trace by a step that ran under `plan`: its regions' times, and the link's rate.
 
         The rate is what the step's copies showed. The first step's waits are not evidence against it: that
@@ -138,50 +138,47 @@ class Planner:
             plan: in force in that step.
             step_s: its time.
             clock: marked its regions, the link's copies, and when compute waited for transfers.
-
-        Returns:
-            Whether transfers held the step up by more than the plan had counted on: plan again.
         """
         if self._hardware is None or step_s <= 0.0:
-            return False
+            return
         exposed_s = clock.waited_s()
         num_micro_batches = clock.num_micro_batches or self.trace.num_micro_batches
         compute_s = max(0.0, step_s - exposed_s)
         self.trace = recalibrated(self.trace, plan, compute_s, clock.times(), num_micro_batches)
-        newly_seen = self._see_link(clock)
+        was_seen = self._see_link(clock)
         predicted = self._predict(plan)
         if predicted.exposed_s - exposed_s > 0.01 * predicted.step_s:
             self._hardware = self._probed  # the step before was no example: longer, disturbed
             predicted = self._predict(plan)
-        held_up = not newly_seen and self._slow_down_link(predicted, exposed_s)
+        if was_seen or not self._is_link_seen:
+            self._slow_down_link(predicted, exposed_s)
         self._micro_batches.append(num_micro_batches)
         self.trace = with_micro_batches(self.trace, median_high(self._micro_batches))
-        return held_up and self._is_link_seen
 
     def _see_link(self, clock: RegionClock) -> bool:
-        """Take the link's rates from the first step with enough copies; True in that one.
+        """Take the link's rates from the first step with enough copies; True where an earlier one had them.
 
         A probe's large copy alone may be faster: these shared the device's memory with compute.
         """
         out, back = clock.link_bytes_per_s("d2h"), clock.link_bytes_per_s("h2d")
         if self._probed is None or self._is_link_seen or out is None or back is None:
-            return False
+            return self._is_link_seen
         source = f"{self._probed.source}, link as a step's copies showed"
         self._probed = self._hardware = replace(
             self._probed, d2h_bytes_per_s=out, h2d_bytes_per_s=back, source=source
         )
         self._is_link_seen = True
-        return True
+        return False
 
-    def _slow_down_link(self, predicted: Prediction, exposed_s: float) -> bool:
-        """Where transfers held compute up longer than predicted, plan as if the link were slower; True then.
+    def _slow_down_link(self, predicted: Prediction, exposed_s: float) -> None:
+        """Where transfers held compute up longer than predicted, plan as if the link were slower.
 
         An exposed byte costs several times what recomputing it does.
         """
         surprise = exposed_s - predicted.exposed_s
         hardware = self._hardware
         if hardware is None or predicted.d2h_bytes <= 0 or surprise <= 0.01 * predicted.step_s:
-            return False
+            return
         ideal_s = predicted.d2h_bytes / hardware.d2h_bytes_per_s
         factor = ideal_s / (ideal_s + surprise)
         self._hardware = replace(
@@ -190,4 +187,3 @@ class Planner:
             h2d_bytes_per_s=hardware.h2d_bytes_per_s * factor,
             source=f"{hardware.source}, times {factor:.2f} as a step waited",
         )
-        return True

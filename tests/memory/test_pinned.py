@@ -373,6 +373,23 @@ def test_every_page_is_touched_whatever_the_kernel_knows(monkeypatch, old_kernel
     assert resident_pages(slab.address, slab.nbytes) == slab.nbytes // PAGE
 
 
+def test_faulting_in_never_keeps_the_memory_map_for_long(monkeypatch):
+    """One call of 64 MiB kept every mmap of the process waiting, up to a second on a fresh virtual machine."""
+    slab = _slab.Slab(21 * MIB, 0, huge_pages=True)
+    calls, real = [], _slab._libc.madvise
+
+    def madvise(address, nbytes, advice):
+        calls.append((address - slab.address, nbytes))
+        return real(address, nbytes, advice)
+
+    monkeypatch.setattr(_slab, "_libc", type("Libc", (), {"madvise": staticmethod(madvise)}))
+    slab.populate(MIB, slab.nbytes)
+    assert max(nbytes for _, nbytes in calls) <= 4 * MIB
+    ends = [offset + nbytes for offset, nbytes in calls]
+    assert [offset for offset, _ in calls] == [MIB, *ends[:-1]]
+    assert ends[-1] == slab.nbytes
+
+
 def test_pages_that_are_dropped_really_leave():
     """Of shared memory, which is what Python maps by default, they would only be hidden, and take no huge pages."""
     slab = _slab.Slab(4 * MIB, 0, huge_pages=True)
