@@ -19,7 +19,7 @@ from torch import Tensor
 
 from memopt.ops import native
 from memopt.ops import quantize as q8
-from memopt.ops.counter_rng import random_bits
+from memopt.ops.counter_rng import MASK32, mix32, random_bits
 from memopt.ops.rounding import stochastic_bits
 from memopt.ops.signs import sign
 
@@ -87,6 +87,7 @@ def register() -> None:
         fragment.define(SCHEMA)
         fragment.define(CLOCK_SCHEMA)
     fragment.impl("frugal_step", frugal_step_reference, "CPU")
+    fragment.impl("frugal_clock", frugal_clock_reference, "CPU")
     torch.library.register_fake("memopt::frugal_step", lambda *_: None, lib=fragment)
     torch.library.register_fake("memopt::frugal_clock", lambda *_: None, lib=fragment)
 
@@ -226,8 +227,11 @@ def frugal_step_reference(  # noqa: PLR0913, PLR0917 - the operator's schema
         denom_scales: 1 / sqrt(1 - beta2^t) of each tensor.
         numbers: decay, free_step, 1 - beta1, 1 - beta2, eps.
         choices: full rule, free rule, rounding, quantized, maximize, call tag.
-        scalars: unused here (CUDA graphs only).
+        scalars: what `frugal_clock` wrote, to be used instead of lr's part of the numbers; or None.
     """
+    if scalars is not None:
+        numbers, step_sizes, denom_scales, call = _read_scalars(scalars, numbers)
+        choices = [*choices[:5], call]
     full_rule, free_rule, rounding, quantized, maximize, call = choices
     arena = _State(state, quantized=bool(quantized))
     for number in chunks.unique().tolist():
@@ -255,6 +259,47 @@ def frugal_step_reference(  # noqa: PLR0913, PLR0917 - the operator's schema
         weight = weights[tensor].view(-1)[run]
         kahan = compensations[tensor].view(-1)[run] if compensations else None
         _store_weight(weight, kahan, update, numbers[0], key if stochastic else None, start)
+
+
+def _read_scalars(
+    scalars: Tensor, numbers: Sequence[float]
+) -> tuple[list[float], list[float], list[float], int]:
+    decay, free_step, _, _, *pairs = scalars.tolist()
+    call = int(scalars.view(torch.int32)[2]) & MASK32
+    return [decay, free_step, *numbers[2:]], pairs[::2], pairs[1::2], call
+
+
+def frugal_clock_reference(
+    lr: Tensor,
+    steps: Tensor,
+    calls: Tensor,
+    scalars: Tensor,
+    numbers: list[float],
+    choices: list[int],
+) -> None:
+    """Advance a captured step's counters and compute its scalars; see `csrc/cuda/launchers.h`.
+
+    Args:
+        lr: float32 [1].
+        steps: float32, completed updates of each tensor.
+        calls: int64 [1], completed calls.
+        scalars: float32 [4 + 2 tensors]: decay, free_step, call tag (bits), -, then step size and
+            denominator's scale of each tensor.
+        numbers: beta1, beta2, weight decay, state-full scale, state-free scale.
+        choices: full rule, seed.
+    """
+    beta1, beta2, weight_decay, full_scale, free_scale = numbers
+    full_rule, seed = choices
+    rate = float(lr)
+    scalars[0], scalars[1] = rate * weight_decay, rate * free_scale
+    tag = mix32((seed & MASK32) ^ (int(calls) & MASK32))
+    scalars.view(torch.int32)[2] = tag - 2**32 if tag >= 2**31 else tag
+    calls += 1
+    steps += 1
+    for i, step in enumerate(steps.tolist()):
+        adamw = full_rule == 0
+        scalars[4 + 2 * i] = rate * full_scale / (1 - beta1**step if adamw else 1.0)
+        scalars[5 + 2 * i] = (1 - beta2**step) ** -0.5 if adamw else 1.0
 
 
 def _store_weight(

@@ -32,6 +32,7 @@ class DeviceClock:
         self.steps = torch.zeros(num_tensors, dtype=torch.float32, device=device)
         self.calls = torch.zeros(1, dtype=torch.int64, device=device)
         self.scalars = torch.zeros(4 + 2 * num_tensors, dtype=torch.float32, device=device)
+        self.captured = False  # whether a graph advances these counters
 
     def set(self, lr: float | Tensor, steps: Sequence[int], calls: int) -> None:
         """Write what the next step shall start from: `steps` completed updates of each parameter."""

@@ -139,6 +139,19 @@ def _update_natively(
         weights = [w for w in weights if w.is_contiguous()]
     if not indices:
         return
+    for first in range(0, len(indices), op.MAX_TENSORS):  # what one launch takes
+        run = slice(first, first + op.MAX_TENSORS)
+        _launch(state, bucket, indices[run], weights[run], rules, settings)
+
+
+def _launch(
+    state: GroupState,
+    bucket: Bucket,
+    indices: Sequence[int],
+    weights: Sequence[Tensor],
+    rules: tuple[StateFullRule, StateFreeRule],
+    settings: Settings,
+) -> None:
     grads = [_matching_grad(bucket.entries[i].param, bucket.dtype) for i in indices]
     shown = [bucket.shown[i] for i in indices]
     tables = tables_for(bucket, indices, settings)
@@ -168,10 +181,32 @@ def tables_for(bucket: Bucket, indices: Sequence[int], settings: Settings) -> na
     """Return the kernel's tables for some parameters, filled for the current layout."""
     key = tuple(indices)
     tables = bucket.tables.get(key)
+    if is_capturing() and (tables is None or tables.generation != bucket.generation):
+        raise RuntimeError(
+            "a step is being captured that was not run before: step the same parameters eagerly once,"
+            " with capturable=True, then capture"
+        )
     if tables is None:
+        _make_room(bucket, indices)
         tables = bucket.tables[key] = native.make_tables(bucket, indices, split=settings.split)
     native.fill_tables(tables, bucket)
     return tables
+
+
+def _make_room(bucket: Bucket, indices: Sequence[int]) -> None:
+    """Drop the oldest tables where all would outgrow those of four whole steps.
+
+    Which parameters have gradients may differ in every step (experts).
+    """
+    room = 4 * native.max_chunks(bucket, range(len(bucket.entries)))
+    room -= native.max_chunks(bucket, indices)
+    kept = 0
+    for key in reversed(list(bucket.tables)):
+        kept += bucket.tables[key].chunks.numel()
+        clock = bucket.clocks.get(key)
+        if kept > room and not (clock is not None and clock.captured):  # a graph reads its own
+            del bucket.tables[key]
+            bucket.clocks.pop(key, None)
 
 
 def _tick(
@@ -184,10 +219,21 @@ def _tick(
     clock = bucket.clocks.get(tables.indices)
     if clock is None:
         clock = bucket.clocks[tables.indices] = DeviceClock(len(tables.indices), bucket.device)
-    if not is_capturing():
+    if is_capturing():
+        _note_capture(bucket, tables.indices)
+    else:
         set_clock(state, bucket, tables.indices, clock, updates_done=-1)
     clock.tick(settings, full)
     return clock.scalars
+
+
+def _note_capture(bucket: Bucket, indices: tuple[int, ...]) -> None:
+    """Remember whose counters a graph advances; the last graph that steps a parameter counts."""
+    for others, clock in bucket.clocks.items():
+        if others == indices:
+            clock.captured = True
+        elif clock.captured and not set(others).isdisjoint(indices):
+            clock.captured = False
 
 
 def set_clock(
@@ -198,18 +244,24 @@ def set_clock(
     clock.set(state.group["lr"], steps, state.group["calls"])
 
 
-def begin_replay(state: GroupState) -> None:
-    """Do the host's part of a step that a CUDA graph is about to replay: switch, counters, tables."""
+def begin_replay(state: GroupState) -> bool:
+    """Do the host's part of a step that a CUDA graph is about to replay: switch, counters, tables.
+
+    Returns False, and does nothing, if no graph has captured a step of this group.
+    """
+    captured = [
+        (bucket, indices, clock)
+        for bucket in state.buckets
+        for indices, clock in bucket.clocks.items()
+        if clock.captured
+    ]
+    if not captured:
+        return False
     state.begin_call()
-    settings = state.settings()
-    for bucket in state.buckets:
-        for indices, tables in bucket.tables.items():
-            native.fill_tables(tables, bucket)
-            clock = bucket.clocks.get(indices)
-            if clock is None:
-                continue
-            set_clock(state, bucket, indices, clock, updates_done=0)
-            for i in indices:
-                bucket.shown[i][STEP] += 1
-    assert settings.capturable
+    for bucket, indices, clock in captured:
+        native.fill_tables(bucket.tables[indices], bucket)
+        set_clock(state, bucket, indices, clock, updates_done=0)
+        for i in indices:
+            bucket.shown[i][STEP] += 1
     state.end_call()
+    return True

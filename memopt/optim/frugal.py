@@ -211,8 +211,10 @@ class Frugal(Optimizer):
         for group in self.param_groups:
             self._step_group(group, [p for p in group["params"] if p.grad is not None])
             found = self._groups.get(group["number"])
-            if found is not None and found.open:
-                found.end_call()
+            if found is not None:
+                found.stepped.clear()
+                if found.open:
+                    found.end_call()
         return loss
 
     @_disable_dynamo
@@ -271,12 +273,17 @@ class Frugal(Optimizer):
         device. Step eagerly at least once, capture `step()`, then call this before every replay.
 
         Raises:
-            RuntimeError: before the first eager step.
+            RuntimeError: where no graph has captured a step since the state was made or loaded.
         """
-        if not self._groups:
-            raise RuntimeError("begin_step() needs a first, eager step()")
-        for found in self._groups.values():
-            begin_replay(found)
+        groups = {group["number"]: group for group in self.param_groups}
+        for number in groups.keys() & self._groups.keys():
+            self._groups[number].group = groups[number]
+        begun = [begin_replay(found) for found in self._groups.values()]  # all of them
+        if not any(begun):
+            raise RuntimeError(
+                "begin_step() goes before the replay of a captured step(), and none was captured since"
+                " the state was made or loaded: step eagerly once, capture step(), then replay"
+            )
 
     def _is_probe(self) -> bool:
         """Handle the first step of a checkpoint library that wants to see the state's keys.

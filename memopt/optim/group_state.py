@@ -287,11 +287,19 @@ class GroupState:
         return total
 
     def move(self, device: torch.device | None) -> None:
-        """Move the state to a device, or (None) back beside the parameters; frees what it leaves."""
+        """Move the state to a device, or (None) back beside the parameters; frees what it leaves.
+
+        Raises:
+            RuntimeError: where a CUDA graph holds its addresses.
+        """
         for bucket in self.buckets:
             target = bucket.device if device is None else device
             if all(array.device == target for array in bucket.arena.arrays.values()):
                 continue
+            if any(clock.captured for clock in bucket.clocks.values()):
+                raise RuntimeError(
+                    "a captured step() reads and writes the state where it lies: it cannot be moved"
+                )
             for name, array in bucket.arena.arrays.items():
                 bucket.arena.arrays[name] = array.to(target)
             for i, entry in enumerate(bucket.entries):

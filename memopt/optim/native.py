@@ -42,8 +42,6 @@ def refusal(  # noqa: PLR0911 - one return a reason
         return f"weights are {bucket.dtype}"
     if any(entry.selection.low_rank for entry in bucket.entries):
         return f"selection {settings.selection} is matrix products"
-    if len(bucket.entries) > op.MAX_TENSORS:
-        return f"{len(bucket.entries)} tensors in a group, the kernel takes {op.MAX_TENSORS}"
     if settings.quantize is not None and settings.split and not _blocks_are_whole(bucket, settings):
         return f"8-bit moments of selection {settings.selection} do not fall into whole blocks"
     if settings.split and (size := _too_large(bucket, settings.current_density)):
@@ -86,7 +84,8 @@ class Tables:
     rows: list[list[int]] = field(default_factory=list)
 
 
-def _max_chunks(bucket: Bucket, indices: Sequence[int]) -> int:
+def max_chunks(bucket: Bucket, indices: Sequence[int]) -> int:
+    """Return how many chunks the tables of some parameters have."""
     # A tensor cut in two has one chunk more than a whole one; under blocks there is one such tensor.
     return sum(-(-bucket.entries[i].size // CHUNK) + 1 for i in indices)
 
@@ -106,7 +105,7 @@ def make_tables(bucket: Bucket, indices: Sequence[int], *, split: bool) -> Table
     return Tables(
         indices=tuple(indices),
         segments=torch.zeros(2 * len(indices) + 1, op.FIELDS, dtype=torch.int64, device=device),
-        chunks=torch.zeros(_max_chunks(bucket, indices), dtype=torch.int32, device=device),
+        chunks=torch.zeros(max_chunks(bucket, indices), dtype=torch.int32, device=device),
         index=torch.zeros(max(words, 2), dtype=torch.int32, device=device)
         if indexed and split
         else None,
