@@ -82,11 +82,13 @@ class Plan:
 
     def _wanted(self) -> Iterator[Job]:
         for size in self.options.sizes:
-            seeds = range(1, self.options.seeds if size == self.options.sizes[0] else 1)
+            seeds = range(self.options.seeds if size == self.options.sizes[0] else 1)
+            if self.options.only_seeds is not None:
+                seeds = [seed for seed in self.options.only_seeds if seed in seeds]
             for names in (self.core, self.others):
                 for name in names:
                     yield from self._grid(size, name)
-                if not self.options.grid_only:
+                if 0 in seeds and not self.options.grid_only:
                     yield from self._full(size, names, 0)
             if self.options.grid_only:
                 continue
@@ -380,6 +382,9 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=300_000_000, help="text to train on")
     parser.add_argument("--sizes", nargs="+", default=["10M"], choices=list(SIZES))
     parser.add_argument("--seeds", type=int, default=3, help="of the first size (others: one)")
+    parser.add_argument(
+        "--only-seeds", nargs="+", type=int, help="of these: one call a GPU, joined by --resume"
+    )
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batch", type=int, default=128)

@@ -56,7 +56,7 @@ def call(monkeypatch, tmp_path, places):
 
 def options(**more):
     settings = {"bytes": 1000, "gap": 10, "methods": None, "sizes": ["10M"], "seeds": 3,
-                "refine": False, "grid_only": False, **more}  # fmt: skip
+                "refine": False, "grid_only": False, "only_seeds": None, **more}  # fmt: skip
     return argparse.Namespace(**settings)
 
 
@@ -89,6 +89,16 @@ def test_plan_goes_from_grids_to_seeds_to_neighbours_and_ends():
     assert [e[0] for e in at_best[:3]] == list(bench.CORE)
     assert len(at_best) == 18
     assert len(full) == 18 + 12  # and each method's two neighbours
+
+
+def test_two_calls_share_the_seeds():
+    done = {}
+    for seeds in ([0, 1], [0, 2]):
+        plan = bench.Plan(options(only_seeds=seeds, methods=["AdamW"]), done)
+        while (job := next(plan.jobs(), None)) is not None:
+            assert job.seed in seeds
+            finish(done, job, abs(math.log(job.lr / 3e-3)))
+    assert sorted(run["seed"] for run in done.values() if run["num_bytes"] == 1000) == [0, 1, 2]
 
 
 def test_grid_only_ends_before_the_first_full_run():
