@@ -25,6 +25,7 @@ LIBRARY = "libmemopt_cuda.so"
 STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest one that memopt runs on
 SOURCES = (
     "csrc/cuda/frugal_step.cu",
+    "csrc/cuda/frugal_draw.cu",
     "csrc/cuda/frugal_clock.cu",
     "csrc/cuda/batched_copy.cu",
     "csrc/torch/ops.cpp",

@@ -10,6 +10,7 @@
 namespace memopt {
 
 constexpr uint32_t kMomentTag = 0x5BD1E995u;
+constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 
 __device__ __forceinline__ uint32_t mix32(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7FEB352Du;

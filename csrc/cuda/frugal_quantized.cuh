@@ -6,7 +6,6 @@
 
 namespace memopt {
 
-constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 constexpr int kVector = 8;  // elements of a lane
 
 template <typename T>

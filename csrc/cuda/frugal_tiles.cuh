@@ -32,7 +32,6 @@ namespace memopt {
 template <typename T>
 struct Chunk;
 
-constexpr uint32_t kWarp = 0xFFFFFFFFu;
 constexpr int kBatch = 4;  // slots of a lane whose moments are on their way at the same time
 constexpr int kStages = MEMOPT_TILE_STAGES;
 // With a compensation beside each weight, shared memory suffices for half.
@@ -186,7 +185,7 @@ struct StrataSlots {
   }
   // The warp's lanes are at 32 neighbouring strata; those behind the last begin behind the tensor.
   __device__ bool more() const {
-    return __any_sync(kWarp, number + next == 0 || raw < length);
+    return __any_sync(kAllLanes, number + next == 0 || raw < length);
   }
   __device__ void take(int (&place)[kBatch]) {
     if (number == 0 || stop <= length) {

@@ -102,6 +102,24 @@ typedef struct {
 
 cudaError_t memopt_frugal_clock(const memopt_frugal_clock_args* args, cudaStream_t stream);
 
+/* The draw of one tensor's lines: of the pairs (hash, line) of `size` lines the `count` smallest,
+ * 0 < count < size < 2^31, as memopt/ops/counter_rng.py: random_subset. Written to `index` from
+ * `position` on (even, for COLUMNS), as the step's tables have it. */
+typedef struct {
+  uint64_t key;
+  int64_t position;
+  uint32_t size, count;
+  int32_t kind; /* MEMOPT_SEGMENT_COLUMNS or MEMOPT_SEGMENT_ROWS */
+} memopt_frugal_draw_line;
+
+typedef struct {
+  memopt_frugal_draw_line draw[MEMOPT_FRUGAL_MAX_TENSORS];
+} memopt_frugal_draws;
+
+/* Draw all in one launch. `draws` is read before the call returns. */
+cudaError_t memopt_frugal_draw(const memopt_frugal_draws* draws, int32_t num_draws, int32_t* index,
+                               cudaStream_t stream);
+
 /* Copies between device and page-locked host memory, in no order among themselves; the arrays are read before the call
  * returns. These two are called by name (memopt/ops/copies.py), so they are visible. */
 typedef struct {

@@ -153,6 +153,33 @@ void frugal_step(Tensors weights, Tensors grads, Tensors state, Tensors compensa
   STD_TORCH_CHECK(error == cudaSuccess, "frugal_step: ", cudaGetErrorString(error));
 }
 
+// draws = key, size, count, kind, position in `index`, of every tensor.
+void frugal_draw(Tensor index, std::vector<int64_t> draws) {
+  constexpr size_t kFields = 5;
+  size_t count = draws.size() / kFields;
+  STD_TORCH_CHECK(draws.size() == count * kFields && count <= MEMOPT_FRUGAL_MAX_TENSORS,
+                  "draws are 5 numbers each, of at most ", MEMOPT_FRUGAL_MAX_TENSORS, " tensors");
+  check_flat(index, ScalarType::Int, "index");
+  auto packed = std::make_unique<memopt_frugal_draws>();
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t* d = draws.data() + i * kFields;
+    bool columns = d[3] == MEMOPT_SEGMENT_COLUMNS;
+    STD_TORCH_CHECK(columns || d[3] == MEMOPT_SEGMENT_ROWS, "columns or rows are drawn");
+    STD_TORCH_CHECK(0 < d[2] && d[2] < d[1] && d[1] <= INT32_MAX, "cannot draw ", d[2], " of ", d[1]);
+    int64_t words = columns ? 2 * ((d[1] + 31) / 32) + d[2] : d[1];
+    STD_TORCH_CHECK(0 <= d[4] && d[4] + words <= index.numel() && (!columns || d[4] % 2 == 0),
+                    "draw ", i, " does not fit the index");
+    packed->draw[i] = {static_cast<uint64_t>(d[0]), d[4], static_cast<uint32_t>(d[1]),
+                       static_cast<uint32_t>(d[2]), static_cast<int32_t>(d[3])};
+  }
+  int32_t device = index.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  cudaError_t error = memopt_frugal_draw(packed.get(), static_cast<int32_t>(count),
+                                         static_cast<int32_t*>(index.mutable_data_ptr()),
+                                         current_stream(device));
+  STD_TORCH_CHECK(error == cudaSuccess, "frugal_draw: ", cudaGetErrorString(error));
+}
+
 // numbers = beta1, beta2, weight_decay, full scale, free scale. choices = full rule, seed.
 void frugal_clock(Tensor lr, Tensor steps, Tensor calls, Tensor scalars,
                   std::vector<double> numbers, std::vector<int64_t> choices) {
@@ -189,6 +216,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memopt, m) {
       "Tensor(c!)[] compensations, Tensor segments, Tensor chunks, Tensor? index, "
       "float[] step_sizes, float[] denom_scales, float[] numbers, int[] choices, "
       "Tensor? scalars) -> ()");
+  m.def("frugal_draw(Tensor(a!) index, int[] draws) -> ()");
   m.def(
       "frugal_clock(Tensor lr, Tensor(a!) steps, Tensor(b!) calls, Tensor(c!) scalars, "
       "float[] numbers, int[] choices) -> ()");
@@ -196,5 +224,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memopt, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(memopt, CUDA, m) {
   m.impl("frugal_step", TORCH_BOX(&frugal_step));
+  m.impl("frugal_draw", TORCH_BOX(&frugal_draw));
   m.impl("frugal_clock", TORCH_BOX(&frugal_clock));
 }

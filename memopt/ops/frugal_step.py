@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from memopt.ops import frugal_draw as draw
 from memopt.ops import native
 from memopt.ops import quantize as q8
 from memopt.ops.counter_rng import MASK32, mix32, random_bits
@@ -80,16 +81,17 @@ _library: list[torch.library.Library] = []
 @lru_cache(maxsize=1)
 def register() -> None:
     """Load the native library, or declare its operators; add the CPU reference and the fakes."""
-    loaded = native.cuda_status().loaded
+    native.cuda_status()
     fragment = torch.library.Library("memopt", "FRAGMENT")
     _library.append(fragment)  # a Library that is collected takes its registrations with it
-    if not loaded:
-        fragment.define(SCHEMA)
-        fragment.define(CLOCK_SCHEMA)
+    for schema in (SCHEMA, CLOCK_SCHEMA, draw.SCHEMA):
+        if not native.has_operator(schema.split("(")[0]):
+            fragment.define(schema)
     fragment.impl("frugal_step", frugal_step_reference, "CPU")
     fragment.impl("frugal_clock", frugal_clock_reference, "CPU")
-    torch.library.register_fake("memopt::frugal_step", lambda *_: None, lib=fragment)
-    torch.library.register_fake("memopt::frugal_clock", lambda *_: None, lib=fragment)
+    fragment.impl("frugal_draw", draw.frugal_draw_reference, "CPU")
+    for name in native.OPERATORS:
+        torch.library.register_fake(f"memopt::{name}", lambda *_: None, lib=fragment)
 
 
 def slots_of(segment: Sequence[int], index: Tensor | None, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from memopt.types.errors import NativeUnavailable
 
 LIBRARY = "libmemopt_cuda.so"
+OPERATORS = ("frugal_step", "frugal_draw", "frugal_clock")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,15 @@ def _load() -> tuple[str, str, str]:
     except (OSError, RuntimeError, AttributeError) as error:
         version = torch.__version__
         return str(path), "", f"{path} does not load under torch {version}: {error}"
+    if lacking := [name for name in OPERATORS if not has_operator(name)]:
+        old = f"{path} was built from other sources, it lacks {', '.join(lacking)}"
+        return str(path), build, f"{old}: run tools/build_cuda.py"
     return str(path), build, ""
+
+
+def has_operator(name: str) -> bool:
+    """Whether torch knows an operator of memopt's by this name."""
+    return hasattr(torch.ops.memopt, name)
 
 
 def cuda_status() -> CudaStatus:

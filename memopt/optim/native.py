@@ -6,7 +6,6 @@ them in place: nothing is allocated, and a captured CUDA graph stays valid.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,13 +13,14 @@ import torch
 from torch import Tensor
 
 from memopt.ops import frugal_step as op
+from memopt.ops.frugal_draw import Lines, draw_of
 from memopt.ops.frugal_step import CHUNK, Field, Kind, Rounding
 from memopt.ops.native import cuda_status
 from memopt.ops.transfer import to_device
 from memopt.optim.bucket import Bucket
-from memopt.optim.parts import LeadingRows, Part
+from memopt.optim.parts import LeadingRows
 from memopt.optim.rules import StateFreeRule, StateFullRule
-from memopt.optim.selections.axes import ChosenColumns, ChosenRows
+from memopt.optim.selections.axes import ChosenColumns, ChosenRows, Drawn
 from memopt.optim.selections.coordinates import Strata
 from memopt.optim.settings import Settings
 from memopt.optim.tensors import share
@@ -137,8 +137,7 @@ def fill_tables(tables: Tables, bucket: Bucket) -> None:
     device = tables.segments.device
     tables.segments.copy_(to_device(padded, torch.int64, device))
     tables.chunks.copy_(to_device(chunks, torch.int32, device))
-    if tables.index is not None:
-        _fill_index(tables, bucket)
+    _draw(tables, bucket)
     tables.rows, tables.generation = rows, bucket.generation
 
 
@@ -165,8 +164,7 @@ def _segments_of(bucket: Bucket, tensor: int, i: int, index_at: int) -> list[lis
         parts = [row(_FULL, 0, full), row(_FREE, full, entry.size - full)]
         return [segment for segment in parts if segment[_SIZE]]
     if isinstance(part, ChosenColumns):
-        count = part.index.numel()
-        return [row(Kind.COLUMNS, 0, entry.size, entry.columns, count, index_at)]
+        return [row(Kind.COLUMNS, 0, entry.size, entry.columns, part.draw.count, index_at)]
     if isinstance(part, ChosenRows):
         return [row(Kind.ROWS, 0, entry.size, entry.columns, 0, index_at)]
     assert isinstance(part, Strata)
@@ -174,53 +172,16 @@ def _segments_of(bucket: Bucket, tensor: int, i: int, index_at: int) -> list[lis
     return [row(Kind.STRATA, 0, entry.size, part.size, part.count, key, part.offset)]
 
 
-def _fill_index(tables: Tables, bucket: Bucket) -> None:
-    """Write masks and ranks (columns) or slots (rows), for all tensors of one shape at once."""
-    assert tables.index is not None
-    alike: dict[tuple[type[Part], int, int], list[int]] = defaultdict(list)
-    for tensor, i in enumerate(tables.indices):
-        part, entry = bucket.parts[i], bucket.entries[i]
-        if isinstance(part, ChosenColumns):
-            alike[ChosenColumns, entry.columns, part.index.numel()].append(tensor)
-        elif isinstance(part, ChosenRows):
-            alike[ChosenRows, entry.rows, part.index.numel()].append(tensor)
-    for (kind, size, _), tensors in alike.items():
-        chosen = torch.stack([_chosen(bucket, tables.indices[tensor]) for tensor in tensors])
-        words = _column_words(chosen, size) if kind is ChosenColumns else _row_slots(chosen, size)
-        at = to_device([tables.index_at[tensor] for tensor in tensors], torch.int64, words.device)
-        where = at.unsqueeze(1) + torch.arange(words.shape[1], device=words.device)
-        tables.index[where.view(-1)] = words.view(-1)
-
-
-def _chosen(bucket: Bucket, i: int) -> Tensor:
-    part = bucket.parts[i]
-    assert isinstance(part, (ChosenColumns, ChosenRows))
-    return part.index
-
-
-def _column_words(chosen: Tensor, size: int) -> Tensor:
-    """Return int32 (tensors, 2 * words + chosen).
-
-    For every 32 columns a bit mask and the rank before it; then the chosen columns' numbers.
-    """
-    tensors, words = chosen.shape[0], -(-size // 32)
-    flags = torch.zeros(tensors, words * 32, dtype=torch.int64, device=chosen.device)
-    flags.scatter_(1, chosen, 1)
-    flags = flags.view(tensors, words, 32)
-    powers = torch.arange(32, device=chosen.device)
-    masks = flags.bitwise_left_shift(powers).sum(dim=2)
-    masks = torch.where(masks >= 2**31, masks - 2**32, masks)
-    counts = flags.sum(dim=2)
-    ranks = counts.cumsum(dim=1) - counts
-    pairs = torch.stack([masks, ranks], dim=2).view(tensors, 2 * words)
-    return torch.cat([pairs, chosen], dim=1).to(torch.int32)
-
-
-def _row_slots(chosen: Tensor, size: int) -> Tensor:
-    """Return int32 (tensors, rows): the slot of every row, -1 for rows without state."""
-    slots = torch.full((chosen.shape[0], size), -1, dtype=torch.int32, device=chosen.device)
-    numbers = torch.arange(chosen.shape[1], dtype=torch.int32, device=chosen.device)
-    return slots.scatter_(1, chosen, numbers.expand_as(chosen))
+def _draw(tables: Tables, bucket: Bucket) -> None:
+    """Draw columns and rows straight into the index, all tensors in one launch."""
+    draws: list[int] = []
+    for i, position in zip(tables.indices, tables.index_at, strict=True):
+        part = bucket.parts[i]
+        if isinstance(part, Drawn):
+            lines = Lines.COLUMNS if isinstance(part, ChosenColumns) else Lines.ROWS
+            draws += draw_of(part.key, part.draw.size, part.draw.count, lines, position)
+    if draws:
+        torch.ops.memopt.frugal_draw(tables.index, draws)
 
 
 def corrections(

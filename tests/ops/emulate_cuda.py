@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from memopt.ops.frugal_draw import FIELDS
 from memopt.ops.frugal_step import MAX_TENSORS
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
@@ -32,6 +33,7 @@ PRELUDE = r"""
 #include <vector_types.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#undef __shared__
 #undef __device__
 #undef __global__
 #undef __forceinline__
@@ -42,11 +44,13 @@ PRELUDE = r"""
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __shared__ static  // one block at a time
 struct Dim { unsigned x, y, z; };
 thread_local Dim threadIdx{0, 0, 0}, blockIdx{0, 0, 0};
 Dim blockDim{256, 1, 1};
-struct Warp { std::barrier<> meet{32}; std::atomic<int> any{0}; float lane[32]; };
-static Warp* warps[8];
+struct Warp { std::barrier<> meet{32}; std::atomic<int> any{0}; float lane[32]; uint32_t word[2][32]; };
+static Warp* warps[32];
+static std::barrier<>* block;
 alignas(64) static char shared_memory[1 << 16];
 static Warp& warp() { return *warps[threadIdx.x / 32]; }
 static void __syncwarp() { warp().meet.arrive_and_wait(); }
@@ -64,6 +68,30 @@ static float __shfl_xor_sync(unsigned, float x, int distance) {
   __syncwarp();
   return warp().lane[threadIdx.x % 32 ^ distance];
 }
+// Every lane's word, of two turns: a lane is never two calls ahead of another.
+static const uint32_t* words_of_lanes(uint32_t mine) {
+  thread_local int turn = 0;
+  turn = 1 - turn;
+  warp().word[turn][threadIdx.x % 32] = mine;
+  __syncwarp();
+  return warp().word[turn];
+}
+static uint32_t __shfl_xor_sync(unsigned, uint32_t x, int distance) {
+  return words_of_lanes(x)[threadIdx.x % 32 ^ distance];
+}
+static uint32_t __shfl_up_sync(unsigned, uint32_t x, int distance) {
+  const uint32_t* words = words_of_lanes(x);
+  int lane = threadIdx.x % 32;
+  return words[lane < distance ? lane : lane - distance];
+}
+static uint32_t __ballot_sync(unsigned, int mine) {
+  const uint32_t* words = words_of_lanes(mine != 0);
+  uint32_t mask = 0;
+  for (int i = 0; i < 32; ++i) mask |= words[i] << i;
+  return mask;
+}
+static void __syncthreads() { block->arrive_and_wait(); }
+static void atomicAdd(uint32_t* p, uint32_t x) { std::atomic_ref<uint32_t>(*p) += x; }
 template <class T> T read(const T* p) { return *p; }
 #define __ldg(p) read(p)
 #define __ldcs(p) read(p)
@@ -91,21 +119,34 @@ using std::isnan;
 #define make_uint4(a, b, c, d) uint4{a, b, c, d}
 """
 DRIVER = r"""
-template <typename T, int kRounding, memopt::Layout kLayout>
-void run(const memopt_frugal_tensors* tensors, const memopt_frugal_launch* launch) {
-  for (int chunk = 0; chunk < launch->num_chunks; ++chunk) {
+template <typename Body>
+void run_blocks(int blocks, unsigned size, Body body) {
+  blockDim.x = size;
+  for (int number = 0; number < blocks; ++number) {
     std::vector<std::thread> threads;
-    for (Warp*& one : warps) one = new Warp;
-    for (unsigned i = 0; i < 256; ++i) {
+    for (unsigned i = 0; i < size / 32; ++i) warps[i] = new Warp;
+    block = new std::barrier<>(size);
+    for (unsigned i = 0; i < size; ++i) {
       threads.emplace_back([=] {
         threadIdx = {i, 0, 0};
-        blockIdx = {(unsigned)chunk, 0, 0};
-        memopt::frugal_step_kernel<T, kRounding, kLayout>(*tensors, *launch);
+        blockIdx = {(unsigned)number, 0, 0};
+        body();
       });
     }
     for (auto& one : threads) one.join();
-    for (Warp* one : warps) delete one;
+    for (unsigned i = 0; i < size / 32; ++i) delete warps[i];
+    delete block;
   }
+}
+extern "C" void emulated_draw(const memopt_frugal_draws* draws, int num_draws, int32_t* index,
+                              int threads) {
+  run_blocks(num_draws, threads, [=] { memopt::frugal_draw_kernel(*draws, index); });
+}
+template <typename T, int kRounding, memopt::Layout kLayout>
+void run(const memopt_frugal_tensors* tensors, const memopt_frugal_launch* launch) {
+  run_blocks(launch->num_chunks, 256, [=] {
+    memopt::frugal_step_kernel<T, kRounding, kLayout>(*tensors, *launch);
+  });
 }
 template <typename T, int kRounding>
 void pick(const memopt_frugal_tensors* tensors, const memopt_frugal_launch* launch) {
@@ -129,6 +170,15 @@ class Tensors(ctypes.Structure):
         *((name, ctypes.c_void_p * MAX_TENSORS) for name in ("weight", "grad", "compensation")),
         *((name, ctypes.c_float * MAX_TENSORS) for name in ("step_size", "denom_scale")),
     ]
+
+
+class Draw(ctypes.Structure):
+    """memopt_frugal_draw_line."""
+
+    _fields_ = [
+        ("key", ctypes.c_uint64), ("position", ctypes.c_int64), ("size", ctypes.c_uint32),
+        ("count", ctypes.c_uint32), ("kind", ctypes.c_int32),
+    ]  # fmt: skip
 
 
 class Launch(ctypes.Structure):
@@ -170,12 +220,17 @@ def _joined(name: str, seen: set[str]) -> str:
     return "".join(lines)
 
 
+def _before(name: str, end: str, seen: set[str]) -> str:
+    """Return a source up to where it launches."""
+    source = _joined(name, seen)
+    return source[: source.index(end)]
+
+
 def build(folder: Path, include: Path, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
     """Compile the kernel's sources for this CPU."""
-    source = _joined("frugal_step.cu", set())
-    kernel = source[
-        : source.index("template <typename T, int kRounding>\ncudaError_t launch_rounded")
-    ]
+    seen: set[str] = set()
+    kernel = _before("frugal_step.cu", "template <typename T, int kRounding>\ncudaError_t", seen)
+    kernel += "}\n" + _before("frugal_draw.cu", "}  // namespace memopt", seen)
     shared = re.compile(r"__shared__ (Exchange<T, kRounding>) tiles\[.*\];")
     assert shared.search(kernel), "the kernel's shared memory has another form"
     kernel = shared.sub(r"auto* tiles = reinterpret_cast<\1*>(shared_memory);", kernel)
@@ -219,3 +274,17 @@ def step_with(library: ctypes.CDLL):
         )
 
     return step
+
+
+def draw_with(library: ctypes.CDLL, threads: int = 64):
+    """Return a function with the draw's signature that runs the emulated kernel."""
+
+    def draw(index, draws):
+        packed, count = (Draw * MAX_TENSORS)(), len(draws) // FIELDS
+        for i in range(count):
+            key, size, chosen, kind, position = draws[FIELDS * i : FIELDS * (i + 1)]
+            packed[i] = Draw(key & (2**64 - 1), position, size, chosen, kind)
+        address = ctypes.c_void_p(index.data_ptr())
+        library.emulated_draw(ctypes.byref(packed), count, address, threads)
+
+    return draw

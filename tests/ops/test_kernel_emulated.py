@@ -6,10 +6,13 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks.bench_frugal_tiles import VARIANTS
 from memopt.ops import frugal_step as op
-from memopt.ops.counter_rng import bits_at
+from memopt.ops.counter_rng import bits_at, key_of, random_bits, random_subset
+from memopt.ops.frugal_draw import Lines, column_words, draw_of, frugal_draw_reference
 from memopt.ops.frugal_step import CHUNK
 from memopt.optim import Frugal, execute, native
 from tests.ops import emulate_cuda
@@ -35,13 +38,15 @@ def emulated(library, monkeypatch):
 
 def take(library, monkeypatch):
     kept, launches = native.refusal, []
-    run = emulate_cuda.step_with(library)
+    run, draw = emulate_cuda.step_with(library), emulate_cuda.draw_with(library)
 
     class Ops:
         @staticmethod
         def frugal_step(*arguments):
             launches.append(arguments)
             run(*arguments)
+
+        frugal_draw = staticmethod(draw)
 
     def refusal(*arguments):
         reason = kept(*arguments)
@@ -55,6 +60,7 @@ def take(library, monkeypatch):
 
     monkeypatch.setattr(native, "refusal", refusal)
     monkeypatch.setattr(execute, "torch", Torch())
+    monkeypatch.setattr(native, "torch", Torch())
     monkeypatch.setattr(op, "register", lambda: None)
     return launches
 
@@ -175,7 +181,7 @@ def test_elements_beyond_32_bits(library, case):
     index = torch.zeros(2, dtype=torch.int32) if kind > op.Kind.FULL else None
     if kind == op.Kind.COLUMNS:
         chosen = torch.randperm(a, generator=torch.Generator().manual_seed(0))[:b].sort().values
-        index = native._column_words(chosen.unsqueeze(0), a)[0].contiguous()
+        index = column_words(chosen.unsqueeze(0), a)[0].contiguous()
     if case == "long strata":  # where one's element is
         begin, bits = (700 * a + offset) // b, bits_at(key, 700)
         first = begin + (bits * ((701 * a + offset) // b - begin) >> 32) - 100
@@ -210,3 +216,69 @@ def test_elements_beyond_32_bits(library, case):
     expected = before - torch.where(has, 0.5 * grad, torch.full_like(grad, 0.25))
     torch.testing.assert_close(weight, expected)
     assert (kind == op.Kind.FREE) == (not has.any())
+
+
+def drawn(library, draws, threads=64):
+    """Draw (key, size, count, lines) one behind the other, with space between; return both sides."""
+    flat, position = [], 2
+    for key, size, count, lines in draws:
+        flat += draw_of(key, size, count, lines, position)
+        position += 2 * (size + 2)
+    sides = []
+    for draw in (emulate_cuda.draw_with(library, threads), frugal_draw_reference):
+        index = torch.full((position,), -7, dtype=torch.int32)
+        draw(index, flat)
+        sides.append(index)
+    return sides
+
+
+def one_draw(size):
+    key = st.integers(0, 2**64 - 1)
+    return st.tuples(key, st.just(size), st.integers(1, size - 1), st.sampled_from(list(Lines)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    draws=st.lists(st.integers(2, 700).flatmap(one_draw), min_size=1, max_size=4),
+    threads=st.sampled_from([32, 64, 96]),
+)
+def test_a_draw_is_the_sorted_one_to_the_bit(library, draws, threads):
+    ours, theirs = drawn(library, draws, threads)
+    assert torch.equal(ours, theirs)
+
+
+SIZES = [(2, 1), (32, 1), (32, 31), (33, 32), (1000, 999), (5000, 1), (4096, 1024), (8192, 2048)]
+
+
+@pytest.mark.parametrize("lines", list(Lines))
+def test_draws_of_many_sizes(library, lines):
+    draws = [(977 * i, size, count, lines) for i, (size, count) in enumerate(SIZES)]
+    ours, theirs = drawn(library, draws)
+    assert torch.equal(ours, theirs)
+    assert int((ours != -7).sum()) > sum(count for _, count in SIZES)
+
+
+@pytest.mark.slow
+def test_a_draw_of_a_whole_vocabulary(library):
+    draws = [(key, 128_256 + key, 32_064, lines) for key, lines in enumerate(Lines)]
+    ours, theirs = drawn(library, draws, threads=128)
+    assert torch.equal(ours, theirs)
+
+
+def equal_hashes(key, most):
+    """Return two lines below `most` with one hash (31 bits), and how many lines come before both."""
+    hashes = random_bits(key, torch.arange(most)).bitwise_right_shift(1)
+    ordered, lines = hashes.sort(stable=True)
+    twice = (ordered[1:] == ordered[:-1]).nonzero().view(-1)
+    return [(int(lines[i]), int(lines[i + 1]), int(i)) for i in twice]
+
+
+def test_of_lines_with_one_hash_the_first_is_drawn(library):
+    size = 3000  # one key in some five hundred gives two of these one hash
+    key = next(key for key in map(key_of, range(20_000)) if equal_hashes(key, size))
+    first, second, before = equal_hashes(key, size)[0]
+    chosen = random_subset(key, size, before + 1, torch.device("cpu"))
+    assert (chosen == first).any()
+    assert not (chosen == second).any()
+    ours, theirs = drawn(library, [(key, size, before + 1, Lines.ROWS)])
+    assert torch.equal(ours, theirs)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from memopt.ops import cuda_status, frugal_step, native
+from memopt.ops import cuda_status, frugal_draw, frugal_step, native
 from memopt.types.errors import NativeUnavailable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +46,23 @@ def test_a_missing_library_names_the_remedy():
     assert frugal_step.SCHEMA in done.stdout
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_library_of_other_sources_is_not_used(tmp_path):
+    source, library = tmp_path / "old.cpp", tmp_path / "old.so"
+    source.write_text('extern "C" const char* memopt_cuda_build_info() { return "old"; }')
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    code = (
+        "from memopt.ops import cuda_status, frugal_step as op; print(cuda_status().reason)\n"
+        "import torch; op.register(); print(torch.ops.memopt.frugal_draw.default._schema)\n"
+    )
+    env = {**os.environ, "MEMOPT_CUDA_LIBRARY": str(library)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, cwd=ROOT
+    )
+    assert "lacks frugal_step, frugal_draw, frugal_clock: run tools/build_cuda.py" in done.stdout
+    assert frugal_draw.SCHEMA in done.stdout
+
+
 @needs_library
 def test_schemas_of_library_and_python_agree():
     native.require_library()
@@ -53,6 +70,7 @@ def test_schemas_of_library_and_python_agree():
     assert (
         str(torch.ops.memopt.frugal_clock.default._schema) == "memopt::" + frugal_step.CLOCK_SCHEMA
     )
+    assert str(torch.ops.memopt.frugal_draw.default._schema) == "memopt::" + frugal_draw.SCHEMA
 
 
 @needs_library
@@ -90,5 +108,7 @@ def test_constants_agree_with_the_header():
     assert int(defined["MEMOPT_FRUGAL_FIELDS"]) == frugal_step.FIELDS
     for kind in frugal_step.Kind:
         assert re.search(rf"MEMOPT_SEGMENT_{kind.name} = {kind.value}\b", header)
+    for lines in frugal_draw.Lines:
+        assert frugal_step.Kind[lines.name] == lines
     for field in frugal_step.Field:
         assert re.search(rf"MEMOPT_FIELD_{field.name} = {field.value}\b", header)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from memopt.ops import frugal_step as op
+from memopt.ops.counter_rng import key_of
+from memopt.ops.frugal_draw import Lines, draw_of
 from memopt.optim import Frugal
 
 SHAPES = [
@@ -169,6 +172,34 @@ def surroundings(selection):
     )
 
 
+# (size, count): a word, its edges, the block's edges, Llama's widths, its vocabulary, beyond it.
+DRAWS = [
+    (2, 1), (31, 30), (32, 31), (33, 1), (1023, 512), (1024, 1), (1025, 1024), (2048, 512), (8192, 2048),
+    (28672, 7168), (128_256, 32_064), (128_256, 128_255), (1_000_003, 250_000), (3_000_000, 2_999_999),
+]  # fmt: skip
+
+
+def draws_equal_reference():
+    """Return how many draws of the kernel differ from the sorted ones, and from its own next run."""
+    flat, pieces, position = [], [], 0
+    for number, (size, count) in enumerate([*DRAWS, *((3000, 750),) * 300]):
+        for lines in Lines:
+            key = key_of("a draw", number, lines.name)
+            flat += draw_of(key, size, count, lines, position)
+            words = size if lines == Lines.ROWS else 2 * -(-size // 32) + count
+            pieces.append((position, position + words))
+            position += words + words % 2 + 2
+    results = []
+    for device in ("cuda", "cuda", "cpu"):
+        index = torch.full((position,), -7, dtype=torch.int32, device=device)
+        torch.ops.memopt.frugal_draw(index, flat)
+        results.append(index.cpu())
+    ours, again, theirs = results
+    wrong = sum(not torch.equal(ours[a:b], theirs[a:b]) for a, b in pieces)
+    wrong += not torch.equal(ours, theirs)  # nothing else is written
+    return wrong + (not torch.equal(ours, again))
+
+
 def memory_of_steps(dtype=torch.bfloat16, **settings):
     """Return (state bytes, bytes allocated by later steps, peak over weights + gradients + state)."""
     params = make_params(dtype, [(4096, 4096)] * 6)
@@ -188,6 +219,7 @@ def memory_of_steps(dtype=torch.bfloat16, **settings):
 
 def run_all():
     """Run every check; return {name: result} and a list of failures."""
+    op.register()
     results, failures = {}, []
 
     def record(name, value, passed):
@@ -219,6 +251,8 @@ def run_all():
         ours, fused = errors_against_float64(dtype)
         fine = ours[0] <= fused[0] * 1.001 and ours[1] <= fused[1] * 1.001
         record(f"error against float64, {dtype}: ours, torch fused", [ours, fused], fine)
+    wrong = draws_equal_reference()
+    record("draws of columns and rows that differ", wrong, wrong == 0)
     for selection in ("blocks", "columns", "rows", "coordinates"):
         worst = replayed_equals_eager(selection)
         record(f"cuda graph/{selection}", worst, worst <= 1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from memopt.ops.counter_rng import random_subset
 from memopt.ops.frugal_step import CHUNK
 from memopt.optim import Frugal, native
 
@@ -113,3 +114,23 @@ def test_tables_keep_their_shape_and_address_over_switches(native_on_cpu):
         (tables,) = optimizer._groups[0].buckets[0].tables.values()
         seen.add((tables.segments.data_ptr(), tables.chunks.data_ptr(), tables.chunks.numel()))
     assert len(seen) == 1
+
+
+def test_a_switch_draws_in_the_kernel_and_makes_indices_on_demand(native_on_cpu, monkeypatch):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 48), (64, 48), (7, 96))]
+    optimizer = Frugal(params, selection="randperm", update_gap=1, impl="native", density=0.3)
+    drawn, kept = [], native._draw
+    monkeypatch.setattr(native, "_draw", lambda *given: drawn.append(1) or kept(*given))
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    (bucket,) = optimizer._groups[0].buckets
+    assert len(drawn) == 3
+    assert not any("indices" in vars(part.draw) for part in bucket.parts)
+    for p, part in zip(params, bucket.parts, strict=True):
+        chosen = random_subset(part.key, part.draw.size, part.draw.count, p.device)
+        lines = optimizer.state_full_mask(p).all(dim=0 if p.shape[0] >= p.shape[1] else 1)
+        assert lines.nonzero().view(-1).equal(chosen)
+    assert bucket.parts[0].draw is bucket.parts[1].draw  # one sort where PyTorch draws

@@ -28,22 +28,52 @@ def common_positions(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class ChosenColumns(Part):
-    """Columns `index` (ascending) of a matrix of `rows` rows."""
+class Draw:
+    """`count` of `size` lines for each key. The kernel draws them itself: indices are made on demand."""
 
-    index: Tensor
-    rows: int
+    keys: tuple[int, ...]
+    size: int
+    count: int
+    device: torch.device
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """The drawn lines of every key, ascending: int64 (keys, count)."""
+        return random_subsets(self.keys, self.size, self.count, self.device)
+
+
+@dataclass(frozen=True)
+class Drawn(Part):
+    """What columns and rows share: number `member` of a draw; `length` is a line's elements."""
+
+    draw: Draw
+    member: int
+    length: int
+
+    @property
+    def key(self) -> int:
+        """Of the draw."""
+        return self.draw.keys[self.member]
+
+    @cached_property
+    def index(self) -> Tensor:
+        """The chosen lines, ascending (int64)."""
+        return self.draw.indices[self.member]
 
     @property
     def num_slots(self) -> int:  # type: ignore[override]
         """Numbers with state."""
-        return self.rows * self.index.numel()
+        return self.length * self.draw.count
+
+
+class ChosenColumns(Drawn):
+    """Some columns of a matrix of `length` rows."""
 
     def tiles(self, weight: Tensor, grad: Tensor, limit: int | None, align: int) -> Iterator[Tile]:
         """Cut by rows; every tile has the same columns."""
-        count, columns = self.index.numel(), weight.shape[1]
+        count, columns = self.draw.count, weight.shape[1]
         cut = IndexCut(self.index, 1)
-        for a, b in ranges(self.rows, rows_per_tile(limit, columns, count, align)):
+        for a, b in ranges(self.length, rows_per_tile(limit, columns, count, align)):
             yield Tile(weight[a:b], grad[a:b], cut, a * count, (b - a) * count, a * columns)
 
     def mask(self, rows: int, columns: int) -> Tensor:
@@ -56,23 +86,14 @@ class ChosenColumns(Part):
         """Keep the columns chosen in both rounds."""
         assert isinstance(old, ChosenColumns)
         at_old, at_new = common_positions(old.index, self.index)
-        new = moment.new_zeros(self.rows, self.index.numel())
-        before = moment.view(self.rows, old.index.numel())
+        new = moment.new_zeros(self.length, self.draw.count)
+        before = moment.view(self.length, old.draw.count)
         new.index_copy_(1, at_new, before.index_select(1, at_old))
         return new.view(-1)
 
 
-@dataclass(frozen=True)
-class ChosenRows(Part):
-    """Rows `index` (ascending) of a matrix of `columns` columns."""
-
-    index: Tensor
-    columns: int
-
-    @property
-    def num_slots(self) -> int:  # type: ignore[override]
-        """Numbers with state."""
-        return self.columns * self.index.numel()
+class ChosenRows(Drawn):
+    """Some rows of a matrix of `length` columns."""
 
     @cached_property
     def _rows(self) -> list[int]:
@@ -80,7 +101,7 @@ class ChosenRows(Part):
 
     def tiles(self, weight: Tensor, grad: Tensor, limit: int | None, align: int) -> Iterator[Tile]:
         """Cut between chosen rows, so that a tile's slots are a run of the state."""
-        columns, chosen = self.columns, self._rows
+        columns, chosen = self.length, self._rows
         density = max(1, weight.shape[0]) / max(1, len(chosen))
         wanted = None if limit is None else max(1, int(limit / density))
         step = rows_per_tile(wanted, columns, columns, align)
@@ -104,8 +125,8 @@ class ChosenRows(Part):
         """Keep the rows chosen in both rounds."""
         assert isinstance(old, ChosenRows)
         at_old, at_new = common_positions(old.index, self.index)
-        new = moment.new_zeros(self.index.numel(), self.columns)
-        before = moment.view(old.index.numel(), self.columns)
+        new = moment.new_zeros(self.draw.count, self.length)
+        before = moment.view(old.draw.count, self.length)
         new.index_copy_(0, at_new, before.index_select(0, at_old))
         return new.view(-1)
 
@@ -122,12 +143,13 @@ def chosen_lines(choices: Sequence[Choice], dims: Sequence[int]) -> list[Part]:
         else:
             alike[size, count, choice.device].append(i)
     for (size, count, device), members in alike.items():
-        drawn = random_subsets([choices[i].key for i in members], size, count, device)
-        for i, index in zip(members, drawn, strict=True):
-            choice, columns = choices[i], dims[i] == 1
-            parts[i] = (
-                ChosenColumns(index, choice.rows) if columns else ChosenRows(index, choice.columns)
+        draw = Draw(tuple(choices[i].key for i in members), size, count, device)
+        for number, i in enumerate(members):
+            columns = dims[i] == 1
+            kind, length = (
+                (ChosenColumns, choices[i].rows) if columns else (ChosenRows, choices[i].columns)
             )
+            parts[i] = kind(draw, number, length)
     return [part for part in parts if part is not None]
 
 
