@@ -22,7 +22,8 @@ def load_native() -> Any:
         native = importlib.import_module("memopt.io._uring")
     except ImportError as error:
         raise IoEngineUnavailable(
-            f"io_uring: the native part of memopt is missing ({error}); install liburing-dev and gcc, then memopt again"
+            f"io_uring: the native part of memopt is missing ({error}); install gcc and liburing-dev "
+            "(2.3 or later), then memopt again"
         ) from error
     if not hasattr(native.lib, "memopt_uring_limit"):
         raise IoEngineUnavailable(

@@ -14,6 +14,7 @@ on old kernels; so opening the engine writes and reads one real block and turns 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -23,9 +24,10 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memopt.io.buffers import Buffer, RawBuffer, view_of
+from memopt.io.buffers import Buffer, BufferView, RawBuffer, view_of
 from memopt.io.depth import BLOCK_BYTES, DEFAULT_QUEUE_DEPTH
 from memopt.io.engine import Engine, Ticket
 from memopt.io.files import IoFile, create_unlinked
@@ -39,10 +41,12 @@ if TYPE_CHECKING:
 __all__ = ["UringCounters", "UringEngine", "load_native"]
 
 _SIGNAL_CHECK_S = 0.1
+_DISABLED = Path("/proc/sys/kernel/io_uring_disabled")
 _REASONS = {
-    errno.EPERM: "the kernel or a container's seccomp profile forbids it (allow the io_uring_* system calls)",
+    errno.EPERM: "a container's seccomp profile forbids it (allow the io_uring_* system calls)",
     errno.ENOSYS: "this kernel has no io_uring",
-    errno.EACCES: "the kernel.io_uring_disabled setting forbids it",
+    errno.EACCES: "a security policy of the system (SELinux) forbids it",
+    errno.ENOMEM: "kernels before 5.12 count rings as locked memory (see `ulimit -l`)",
 }
 
 
@@ -190,6 +194,7 @@ class UringEngine(Engine):
         self._ring_address = address_of(self._native, self._ring)
         self._finalizer = weakref.finalize(self, _release, self._native, self._ring, self._pid)
         self._slots: dict[IoFile, list[Any]] = {}
+        self._registered: list[BufferView] = []
         self.set_queue_depth(queue_depth)
 
     @classmethod
@@ -232,8 +237,7 @@ class UringEngine(Engine):
         out = self._native.ffi.new("memopt_uring **")
         rc = self._native.lib.memopt_uring_open(self._max_depth, self.block_bytes, int(sqpoll), out)
         if rc < 0:
-            why = _REASONS.get(-rc)
-            raise IoEngineUnavailable(f"io_uring: {os.strerror(-rc)}{f': {why}' if why else ''}")
+            raise IoEngineUnavailable(f"io_uring: {os.strerror(-rc)}{_why_refused(-rc)}")
         return self._native.ffi.gc(out[0], self._native.lib.memopt_uring_free)
 
     def _start(self, pieces: list[Piece], when_over: RawBuffer | None) -> Ticket:
@@ -320,10 +324,15 @@ class UringEngine(Engine):
         return self.queue_depth
 
     def register_buffers(self, buffers: Sequence[Buffer]) -> str:
-        """Map long-lived buffers once; return "" or why that was not possible (often the limit of locked memory)."""
+        """Map long-lived buffers once; return "" or why that was not possible (often the limit of locked memory).
+
+        They are kept alive until they are unregistered: the kernel would go on using the old pages of an address that
+        was mapped anew.
+        """
         self._check_usable()
         for buffer in buffers:
             view = view_of(buffer, writable=False)
+            self._registered.append(view)
             rc = (
                 self._native.lib.memopt_uring_add_buffer(self._ring, view.address, view.nbytes)
                 if view.nbytes
@@ -340,6 +349,7 @@ class UringEngine(Engine):
             if ticket.released:
                 ticket._finished(None)
         self._native.lib.memopt_uring_remove_buffers(self._ring)
+        self._registered.clear()
 
     def counters(self) -> UringCounters:
         """Return what the ring did so far."""
@@ -354,7 +364,18 @@ class UringEngine(Engine):
     def _shut_down(self) -> None:
         self._slots.clear()
         _release(self._native, self._ring, self._pid)
+        self._registered.clear()
         self._finalizer.detach()
+
+
+def _why_refused(code: int) -> str:
+    """Return what usually makes the kernel answer a new ring with ``code``."""
+    with contextlib.suppress(OSError):
+        disabled = _DISABLED.read_text().strip()
+        if code == errno.EPERM and disabled != "0":
+            return f": kernel.io_uring_disabled is {disabled} (sysctl kernel.io_uring_disabled=0 allows it)"
+    why = _REASONS.get(code)
+    return f": {why}" if why else ""
 
 
 def _release(native: Any, ring: Any, pid: int) -> None:

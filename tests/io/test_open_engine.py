@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -123,3 +124,39 @@ def test_the_binding_is_made_of_the_header():
     ):
         assert name in header
         assert hasattr(load_native().lib, name)
+
+
+@pytest.mark.parametrize(
+    ("code", "disabled", "why"),
+    [
+        (errno.EPERM, "2", "kernel.io_uring_disabled is 2"),
+        (errno.EPERM, "1", "kernel.io_uring_disabled is 1"),
+        (errno.EPERM, "0", "seccomp"),
+        (errno.EPERM, None, "seccomp"),
+        (errno.EACCES, "2", "security policy"),
+        (errno.ENOSYS, None, "no io_uring"),
+        (errno.ENOMEM, "0", "ulimit -l"),
+        (errno.EINVAL, "0", "Invalid argument"),
+    ],
+)
+def test_a_refusal_is_put_down_to_what_causes_it(code, disabled, why, tmp_path, monkeypatch):
+    """The sysctl answers EPERM (Documentation/admin-guide/sysctl/kernel.rst), as a seccomp profile does."""
+    make_engine().close()
+    from memopt.io import uring
+
+    class Refusing:
+        ffi = uring.load_native().ffi
+
+        class lib:
+            @staticmethod
+            def memopt_uring_open(*_):
+                return -code
+
+    setting = tmp_path / "io_uring_disabled"
+    if disabled is not None:
+        setting.write_text(f"{disabled}\n")
+    monkeypatch.setattr(uring, "_DISABLED", setting)
+    monkeypatch.setattr(uring, "load_native", lambda: Refusing)
+    monkeypatch.setattr(uring, "ShortCalls", lambda native: None)
+    with pytest.raises(IoEngineUnavailable, match=why):
+        open_engine("io_uring")

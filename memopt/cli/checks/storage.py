@@ -65,10 +65,11 @@ def _first_usable(requests: Sequence[str]) -> str | None:
 def uring_todo(reason: str, disabled: str | None) -> str:
     """Return what makes io_uring work, given why it does not and the sysctl kernel.io_uring_disabled."""
     if "native part" in reason:
-        return "install gcc and liburing's headers (liburing-dev), then install memopt again"
+        return "install gcc and liburing's headers (liburing-dev, 2.3 or later), then install memopt again"
     if disabled in ("1", "2"):
         return (
-            f"kernel.io_uring_disabled is {disabled}: sysctl kernel.io_uring_disabled=0 allows it"
+            f"kernel.io_uring_disabled is {disabled}: sysctl kernel.io_uring_disabled=0 allows it to all, "
+            "1 to members of kernel.io_uring_group"
         )
     if "no io_uring" in reason:
         return "Linux 5.6 or later has io_uring"
@@ -77,6 +78,8 @@ def uring_todo(reason: str, disabled: str | None) -> str:
             "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile "
             "(docker run --security-opt seccomp=PROFILE.json)"
         )
+    if "security policy" in reason:
+        return "allow io_uring in the system's security policy (SELinux: ausearch -m avc shows the denial)"
     return "io_uring refuses a test block: the reason above is the kernel's"
 
 
@@ -103,7 +106,7 @@ def _directory(request: str, context: Context) -> Check:
     try:
         path, size_bytes = parse_directories([request])[0]
     except ConfigError as error:
-        todo = "create it, free some space, or name another directory"
+        todo = "write --ssd DIR or DIR:SIZE: a directory that exists, and a size that fits into it"
         return Check(name=name, status="broken", found=str(error), todo=todo)
     try:
         figures = _directory_facts(path, context)
