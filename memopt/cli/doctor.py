@@ -54,7 +54,7 @@ def doctor_command(
     if as_json:
         click.echo(json.dumps(to_document(checks, quick=quick)))
     else:
-        show(checks, Console())
+        show(checks, Console(markup=False, emoji=False, highlight=False))
     click_context.exit(int(any(check.status == "broken" for check in checks)))
 
 
@@ -90,7 +90,7 @@ def show(checks: Sequence[Check], out: Console) -> None:
         out.print("What to do:")
     for check in todos:
         line = f"  {check.name}: {check.todo}"
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
     if not todos:
         out.print("Nothing to do.")
 

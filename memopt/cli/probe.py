@@ -70,10 +70,10 @@ def probe_command(
     if as_json:
         click.echo(json.dumps({"format": "memopt-probe-result-1", **result.to_dict()}))
         return
-    out = Console()
+    out = Console(markup=False, emoji=False, highlight=False)  # a path stays what it is
     out.print(probe_table(result))
     for note in result.notes:
-        out.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"note: {note}", soft_wrap=True)
 
 
 def parse_device(name: str | None) -> torch.device:
@@ -115,6 +115,8 @@ def parse_directories(requests: Sequence[str]) -> list[tuple[str, int]]:
 
     spelled = []
     for request in requests:
+        if not request.strip():
+            raise ConfigError(f"--ssd {request!r} names no directory; write DIR or DIR:SIZE")
         directory = Path(request).expanduser()
         if directory.is_dir():
             free_bytes = inspect_directory(str(directory)).free_bytes

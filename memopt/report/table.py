@@ -162,7 +162,8 @@ def render_text(report: RunReport) -> str:
 
     width = max(_MIN_WIDTH, min(_MAX_WIDTH, shutil.get_terminal_size((_MAX_WIDTH, 24)).columns))
     out = io.StringIO()
-    Console(file=out, width=width, color_system=None, highlight=False, markup=False).print(
-        report_table(report)
+    console = Console(
+        file=out, width=width, color_system=None, highlight=False, markup=False, emoji=False
     )
+    console.print(report_table(report))
     return out.getvalue().rstrip("\n")

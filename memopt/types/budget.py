@@ -279,7 +279,7 @@ def _parse_ssd(request: object) -> tuple[str, int | Fraction]:
         raise ConfigError(
             f'ssd={request!r}: the directory is missing; write "DIR:SIZE", such as "/mnt/nvme:200GiB"'
         )
-    size_bytes = parse_size(size, name=f"size in ssd={request!r}")
+    size_bytes = parse_size(size, name=f"ssd={request!r}: SIZE")
     if isinstance(size_bytes, int) and size_bytes < _LEAST_SSD_BYTES:
         raise ConfigError(
             f"ssd={request!r}: {format_bytes(size_bytes)} is below one block of "

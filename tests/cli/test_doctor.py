@@ -84,7 +84,7 @@ def test_people_get_a_table_and_what_to_do(tmp_path):
     for name in ("versions", "host memory", "I/O engine", "BROKEN", "What to do:"):
         assert name in done.output
     todo = done.output.partition("What to do:")[2]
-    assert f"SSD {tmp_path / 'missing'}: create it" in todo
+    assert f"SSD {tmp_path / 'missing'}: write --ssd DIR" in todo
 
 
 BY_STATUS = {
@@ -100,6 +100,15 @@ def test_only_what_is_broken_fails(monkeypatch, status):
     done = invoke("--json")
     assert done.exit_code == int(status == "broken")
     assert json.loads(done.stdout)["ok"] == (status != "broken")
+
+
+def test_a_path_stays_what_it_is(monkeypatch):
+    """Rich takes [b] for a style and :abc: for a picture."""
+    odd = Check(name="SSD /d:abc", status="weak", found="[b]:abc:", todo="[b] or :abc:")
+    monkeypatch.setattr(checks, "run_checks", lambda context: [odd])
+    output = invoke().output
+    assert "[b]:abc:" in output
+    assert "  SSD /d:abc: [b] or :abc:" in output
 
 
 def test_nothing_to_do_is_said(monkeypatch):

@@ -51,6 +51,17 @@ def test_people_get_a_table(home, monkeypatch):
     assert "note: nothing is page-locked without CUDA" in done.output
 
 
+def test_a_path_stays_what_it_is(home, monkeypatch):
+    """Rich takes [b] for a style and :abc: for a picture."""
+    monkeypatch.setenv("COLUMNS", "240")
+    odd = home / "[b]a:abc:"
+    odd.mkdir()
+    monkeypatch.setenv("MEMOPT_CACHE", str(odd / "cache"))
+    output = run("--ssd", f"{odd}:4MiB", "--engine", "threads").output
+    assert f"write {odd} (threads" in output
+    assert f"kept in {odd}/cache" in output
+
+
 def test_a_cache_that_is_off_is_told(home, monkeypatch):
     monkeypatch.setenv("MEMOPT_CACHE", "off")
     assert "not kept: the cache is off" in run().output
@@ -66,7 +77,8 @@ def test_a_cache_that_is_off_is_told(home, monkeypatch):
         ),
         (("--ssd", "/proc/self/stat"), "--ssd /proc/self/stat: /proc/self/stat is not a directory"),
         (("--ssd", "/no/such/place:1GiB"), "/no/such/place does not exist; create it first"),
-        (("--ssd", "/:24G"), "unknown unit 'G'"),
+        (("--ssd", "/:24G"), "ssd='/:24G': SIZE='24G': unknown unit 'G'"),
+        (("--ssd", ""), "--ssd '' names no directory; write DIR or DIR:SIZE"),
         (("--device", "tpu"), "no device"),
         (("--device", "meta"), "there is cpu here, and"),
         (("--device", "cuda:99"), "there is cpu here, and"),
