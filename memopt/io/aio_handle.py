@@ -12,7 +12,6 @@ Here buffers are of the buffer protocol or :class:`memopt.io.RawBuffer`; the ten
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from dataclasses import dataclass
@@ -182,11 +181,16 @@ class AioHandle:
         return (self.async_pwrite if async_op else self.sync_pwrite)(buffer, filename, file_offset)
 
     def close(self) -> None:
-        """Wait for what is in flight and release the engine.
+        """Wait for what is in flight and release the engine; a forked child waits for nothing.
 
         Raises:
             OSError: an operation that nobody waited for failed.
         """
+        if self.engine.is_inherited:
+            for operation in self._operations:
+                operation.file.close()
+            self.engine.close()
+            return
         try:
             self.wait()
         finally:
@@ -218,9 +222,14 @@ class AioHandle:
         operation = self._begin(kind, buffer, filename, offset)
         try:
             operation.ticket.wait()
-        finally:
-            with contextlib.suppress(OSError):
-                operation.file.close()
+        except OSError:
+            operation.file.close()
+            raise
+        except BaseException:  # a KeyboardInterrupt: its descriptors must stay until it is over
+            with self._lock:
+                self._operations.append(operation)
+            raise
+        operation.file.close()
         return 1
 
 

@@ -154,6 +154,7 @@ class Engine(ABC):
     def _begin(
         self, transfers: Sequence[Transfer], start: Callable[[list[Piece]], Ticket]
     ) -> Ticket:
+        self._check_process()
         self._reap()
         with self._gate:
             self._check_usable()
@@ -240,7 +241,7 @@ class Engine(ABC):
         In a forked child it releases the child's copies and leaves the parent's transfers alone. Safe to call twice,
         and again after a KeyboardInterrupt anywhere in here: the second call does what the first one left.
         """
-        if os.getpid() != self._pid:
+        if self.is_inherited:
             self._closed = True
             self._shut_down()
             return
@@ -274,10 +275,18 @@ class Engine(ABC):
                 exc_info=True,
             )
 
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this is a forked child: its locks may be held by threads that it does not have."""
+        return os.getpid() != self._pid
+
     def _check_usable(self) -> None:
         if self._closed:
             raise ValueError(f"the {self.name} engine is closed")
-        if os.getpid() != self._pid:
+        self._check_process()
+
+    def _check_process(self) -> None:
+        if self.is_inherited:
             msg = (
                 f"the {self.name} engine was opened in process {self._pid} and this is {os.getpid()}: "
                 "a forked child has no workers and must open its own engine"

@@ -223,9 +223,15 @@ class ExtentStore:
 
         Safe to call twice, and again after a KeyboardInterrupt anywhere in here: the second call does the rest.
 
+        In a forked child it closes the child's descriptors and leaves the parent's transfers alone.
+
         Raises:
             OSError: a transfer failed and nobody waited for it; raised after everything was released.
         """
+        if self.engine.is_inherited:
+            self._closed = True
+            self._release()
+            return
         with self._closing:
             with self._lock:
                 self._closed = True
@@ -238,16 +244,19 @@ class ExtentStore:
                     self._unseen = self._unseen or fresh(ticket.error)
                 ticket.claimed = True
                 ticket.done()
-            for area in self._areas:
-                self.engine.detach(area.file)
-                area.file.close()
-            if self._owns_engine:
-                self.engine.close()
+            self._release()
             self._live.clear()
             self._leaving.clear()
             unseen, self._unseen = self._unseen, None
         if unseen is not None:
             raise unseen
+
+    def _release(self) -> None:
+        for area in self._areas:
+            self.engine.detach(area.file)
+            area.file.close()
+        if self._owns_engine:
+            self.engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -262,9 +271,7 @@ class ExtentStore:
         start: Callable[[list[Transfer]], Ticket] | None = None,
     ) -> Ticket:
         views = [view_of(buffer, writable=kind == "read") for _, buffer, _ in items]
-        with (
-            ExitStack() as one_at_a_time
-        ):  # in one order, so that two batches do not wait for each other
+        with ExitStack() as one_at_a_time:  # in one order: no two batches wait for each other
             for extent in sorted({extent for extent, _, _ in items}, key=id):
                 one_at_a_time.enter_context(extent.lock)
             return self._submit_views(kind, items, views, start or self.engine.submit)
@@ -432,6 +439,7 @@ class ExtentStore:
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the extent store is closed")
+        self.engine._check_process()
 
     def _full(self, nbytes: int, available: int) -> ExtentStoreFull:
         budget = ", ".join(f"{area.file.path}: {area.budget_bytes}" for area in self._areas)

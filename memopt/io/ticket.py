@@ -60,7 +60,9 @@ class Ticket(ABC):
         Raises:
             OSError: the first failure of the batch, with errno, path and offset; raised again on every call.
             TimeoutError: ``timeout_s`` passed first; the batch goes on and can be waited for again.
+            IoEngineUnavailable: this is a forked child, where nothing ends.
         """
+        self._engine._check_process()
         if not self._finished(timeout_s):
             raise TimeoutError(
                 f"{self._engine.name}: a batch of {self.nbytes} bytes is not finished after {timeout_s} s"

@@ -253,7 +253,11 @@ class HostPool:
         """Wait for events and the device, unlock and free everything; tensors still held become pageable.
 
         Safe to call twice, and again after a KeyboardInterrupt in here: the second call does what the first one left.
+        A forked child has neither the memory nor the threads.
         """
+        if os.getpid() != self._pid:
+            self._closed = True
+            return
         with self._returns, self._lock:
             self._call_back()
             while self._building or self._trimmer.is_busy:

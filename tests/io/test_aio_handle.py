@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import random
+import signal
 
 import pytest
 
@@ -139,3 +140,31 @@ def test_close_raises_what_nobody_waited_for(tmp_path):
     with pytest.raises(OSError, match="file ends"):
         handle.close()
     assert open_fds() == fds
+
+
+def test_an_interrupted_call_keeps_its_file_until_the_bytes_are_there(tmp_path):
+    """Closed earlier, its descriptor's number would be the next file's, and that file would get the bytes."""
+    make_engine().close()
+    handle = AioHandle(block_size=4096, queue_depth=2, engine="io_uring")
+    data = pages(MIB)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    handle.engine.inject(-errno.EAGAIN, count=2**31)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            handle.sync_pwrite(data, str(tmp_path / "param.swp"))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    others = [(tmp_path / f"other{i}").open("w+b", buffering=0) for i in range(4)]
+    handle.engine.inject()
+    assert handle.wait() == 1
+    assert (tmp_path / "param.swp").read_bytes() == data
+    assert [os.fstat(other.fileno()).st_size for other in others] == [0] * 4
+    for other in others:
+        other.close()
+    handle.close()
