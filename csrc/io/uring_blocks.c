@@ -238,10 +238,16 @@ void memopt_reap(memopt_uring *engine)
     io_uring_cq_advance(&engine->ring, num);
 }
 
-/* The ring itself broke: nothing can be trusted to complete, so every ticket fails. Called with the lock held. */
+/* What was prepared and taken, and has not come back; the kick counts too. */
+uint32_t memopt_num_in_kernel(memopt_uring *engine)
+{
+    uint32_t num_blocks = engine->queue_depth - engine->num_free - engine->num_again;
+    return num_blocks + engine->kick_armed - io_uring_sq_ready(&engine->ring);
+}
+
+/* The ring itself broke: nothing more can be trusted to complete, so every ticket fails. Called with the lock held. */
 void memopt_fail_everything(memopt_uring *engine, int rc)
 {
-    engine->state = rc;
     while (engine->head != NULL) {
         engine->head->result.error = engine->head->result.error ? engine->head->result.error : -rc;
         unqueue_head(engine);

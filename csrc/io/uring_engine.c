@@ -91,8 +91,11 @@ int memopt_uring_prepare(memopt_uring *engine, const memopt_uring_request *reque
                          uint64_t when_over, memopt_uring_ticket **out)
 {
     for (uint32_t i = 0; i < num_requests; i++) {
-        if (requests[i].nbytes == 0 || requests[i].unit_bytes == 0)
+        const memopt_uring_request *request = &requests[i];
+        if (request->nbytes == 0 || request->unit_bytes == 0)
             return -EINVAL;
+        if (request->copy_bytes > request->nbytes || (request->copy_bytes != 0 && request->nbytes > engine->block_bytes))
+            return -EINVAL; /* a payload is copied when its one block begins or ends */
     }
     memopt_uring_ticket *ticket = calloc(1, sizeof *ticket);
     size_t size = (size_t)num_requests * sizeof *requests;

@@ -15,7 +15,8 @@ typedef struct memopt_uring_ticket memopt_uring_ticket;
 
 /* One contiguous read or write. A block that the kernel refuses as unaligned (EINVAL), or that a short transfer leaves
  * unaligned, goes on through plain_fd, which has no O_DIRECT. Slots are registered files, or -1. The first copy_bytes of
- * address stand for those at payload (0 for none), the odd tail of a direct transfer: copied after a read, before a write. */
+ * address stand for those at payload (0 for none), the odd tail of a direct transfer: copied after a read, before a write.
+ * A request with a payload is at most one block. */
 typedef struct {
     uint64_t address;
     uint64_t nbytes;

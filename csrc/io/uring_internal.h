@@ -17,6 +17,7 @@
 #define MAX_BUFFERS 1024
 #define MAX_REGION_BYTES (UINT64_C(1) << 30) /* the kernel's limit for one registered buffer */
 #define MAX_ENTER_FAILURES 10000
+#define MAX_SETTLE_TRIES 2000
 #define KICK_TAG UINT64_MAX
 
 struct memopt_uring_ticket {
@@ -91,10 +92,11 @@ struct memopt_uring {
     uint32_t num_regions;
 };
 
-/* uring_blocks.c: with the lock held; fill, reap and fail run on the driver */
+/* uring_blocks.c: with the lock held; all but end_ticket run on the driver */
 MEMOPT_HIDDEN void memopt_end_ticket(memopt_uring *engine, memopt_uring_ticket *ticket);
 MEMOPT_HIDDEN void memopt_fill_ring(memopt_uring *engine);
 MEMOPT_HIDDEN void memopt_reap(memopt_uring *engine);
+MEMOPT_HIDDEN uint32_t memopt_num_in_kernel(memopt_uring *engine);
 MEMOPT_HIDDEN void memopt_fail_everything(memopt_uring *engine, int rc);
 
 /* uring_driver.c */

@@ -110,16 +110,30 @@ static void *work(void *argument)
     return NULL;
 }
 
+static void refuse_nonsense(memopt_uring *engine)
+{
+    static const memopt_uring_request nonsense[] = {
+        {.nbytes = 0, .unit_bytes = 4096},
+        {.nbytes = 4096, .unit_bytes = 0},
+        {.nbytes = 4096, .unit_bytes = 4096, .copy_bytes = 4097}, /* more than the block has */
+        {.nbytes = 128 << 10, .unit_bytes = 4096, .copy_bytes = 1}, /* a payload of two blocks */
+    };
+    memopt_uring_ticket *ticket;
+    for (unsigned i = 0; i < sizeof nonsense / sizeof *nonsense; i++)
+        check(memopt_uring_prepare(engine, &nonsense[i], 1, 0, &ticket) == -EINVAL, "a request that cannot be");
+    check(memopt_uring_limit(engine, 0) == -EINVAL && memopt_uring_limit(engine, 6) == -EINVAL, "limits refused");
+}
+
 int main(int argc, char **argv)
 {
     static const int results[] = {-EINTR, -EAGAIN, -EINVAL, -EIO, 0};
-    check(argc == 3, "usage: uring_stress FILE ROUNDS");
+    check(argc == 4, "usage: uring_stress FILE ROUNDS SQPOLL");
     int plain_fd = open(argv[1], O_RDWR | O_CREAT | O_TRUNC, 0600);
     int direct_fd = open(argv[1], O_RDWR | O_DIRECT);
     check(plain_fd >= 0, "open");
     check(ftruncate(plain_fd, NUM_THREADS * REGION_BYTES) == 0, "ftruncate");
     memopt_uring *engine;
-    int rc = memopt_uring_open(5, 64 << 10, 0, &engine);
+    int rc = memopt_uring_open(5, 64 << 10, atoi(argv[3]), &engine);
     if (rc < 0) {
         fprintf(stderr, "no io_uring: %s\n", strerror(-rc));
         return 77;
@@ -140,7 +154,7 @@ int main(int argc, char **argv)
     memopt_uring_inject(engine, 0, 0, 0, 0);
     for (int i = 0; i < NUM_THREADS; i++)
         pthread_join(threads[i], NULL);
-    check(memopt_uring_limit(engine, 0) == -EINVAL && memopt_uring_limit(engine, 6) == -EINVAL, "limits refused");
+    refuse_nonsense(engine);
     check(memopt_uring_close(engine) == 0 && memopt_uring_close(engine) == 0, "close, twice");
     memopt_uring_free(engine);
     close(plain_fd);

@@ -4,6 +4,8 @@ import contextlib
 import errno
 import mmap
 import os
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -93,6 +95,43 @@ def test_registered_buffers_are_used_and_forgotten(tmp_path):
         assert engine.counters().num_fixed_buffers - before == 5
         back.release()
         engine.detach(file)
+
+
+def test_registered_memory_lives_until_it_is_unregistered(tmp_path):
+    """An address that is mapped anew would stand for the old pages: another tensor's bytes."""
+    with make_engine() as engine:
+        memory = mmap.mmap(-1, MIB)
+        reason = engine.register_buffers([memory])
+        if reason:
+            pytest.skip(reason)
+        with pytest.raises(BufferError):
+            memory.close()
+        engine.unregister_buffers()
+        memory.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_keeps_no_registered_memory_pinned(tmp_path):
+    """A data loader's worker holds the ring's descriptor for as long as it lives."""
+
+    def pinned_kib() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmPin:")[1].split()[0])
+
+    engine = make_engine()
+    before = pinned_kib()
+    reason = engine.register_buffers([mmap.mmap(-1, 8 * MIB)])
+    if reason or pinned_kib() - before < 8192:
+        pytest.skip(reason or "this kernel does not count registered memory as pinned")
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    try:
+        engine.close()
+        assert pinned_kib() == before
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_closed_file_gives_its_space_back(tmp_path):
