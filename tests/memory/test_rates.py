@@ -159,4 +159,4 @@ def test_a_session_measures_the_same_thing(tmp_path):
         hardware = measure_hardware(CPU, None, store)
     assert hardware.source == "measured"
     assert hardware.ssd_write_bytes_per_s > 0
-    assert hardware.d2h_bytes_per_s == pytest.approx(memcpy_rate(), rel=0.9)
+    assert 0.1 < hardware.d2h_bytes_per_s / memcpy_rate() < 10  # other programs run too
