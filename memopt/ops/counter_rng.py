@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,8 +25,15 @@ _FIRST, _SECOND, _HIGH = 0x7FEB352D, 0x846CA68B, 0x9E3779B9
 
 def key_of(*parts: object) -> int:
     """Return a 64-bit key of the parts' texts, e.g. `key_of(seed, round, name)`."""
-    text = "\x1f".join(str(part) for part in parts).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    *head, last = parts
+    hasher = _begun(*head).copy()
+    hasher.update(str(last).encode())
+    return int.from_bytes(hasher.digest(), "little")
+
+
+@lru_cache(maxsize=64, typed=True)  # a switch needs the keys of many names for one (seed, round)
+def _begun(*parts: object) -> hashlib.blake2b:
+    return hashlib.blake2b("".join(f"{part}\x1f" for part in parts).encode(), digest_size=8)
 
 
 def mix32(value: int) -> int:

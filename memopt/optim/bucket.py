@@ -98,6 +98,7 @@ class Bucket:
         self.generation = 0  # counts changes of the layout, for caches built from it
         self.number = 0  # position among the group's buckets
         self.shown: list[dict[str, Any]] = [{} for _ in self.entries]  # their `optimizer.state`
+        self._kept_templates: tuple[tuple[object, ...], list[Choice]] = ((), [])
         # Caches of the kernel's launches (memopt/optim/execute.py); they follow `generation`.
         self.refusals: dict[tuple[object, ...], str] = {}
         self.tables: dict[tuple[int, ...], Tables] = {}
@@ -173,19 +174,26 @@ class Bucket:
             exact_complement=settings.complement == "exact",
         )  # fmt: skip
 
+    def _templates(self, settings: Settings, density: float) -> list[Choice]:
+        """Return every parameter's choice for some round; kept, as only the round changes."""
+        key = settings.seed, density, settings.complement
+        if self._kept_templates[0] != key:
+            made = [self._choice(entry, settings, 0, density, None) for entry in self.entries]
+            self._kept_templates = key, made
+        return self._kept_templates[1]
+
     def plan(self, settings: Settings, round_: int, density: float) -> list[Part | None]:
         """Return the parts of a round; None where only a gradient or a stored basis can tell."""
         if self.pooled:
             return list(self._plan_blocks(settings, round_, density))
+        templates = self._templates(settings, density)
         parts: list[Part | None] = [None] * len(self.entries)
         by_selection: dict[str, list[int]] = defaultdict(list)
         for i, entry in enumerate(self.entries):
             if not _is_low_rank(entry):
                 by_selection[entry.selection.name].append(i)
         for members in by_selection.values():
-            choices = [
-                self._choice(self.entries[i], settings, round_, density, None) for i in members
-            ]
+            choices = [templates[i].in_round(round_) for i in members]
             chosen = self.entries[members[0]].selection.choose_many(choices)
             for i, part in zip(members, chosen, strict=True):
                 parts[i] = part

@@ -6,6 +6,7 @@ them in place: nothing is allocated, and a captured CUDA graph stays valid.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,20 +14,21 @@ import torch
 from torch import Tensor
 
 from memopt.ops import frugal_step as op
-from memopt.ops.frugal_draw import Lines, draw_of
-from memopt.ops.frugal_step import CHUNK, Field, Kind, Rounding
+from memopt.ops.frugal_draw import draw_of
+from memopt.ops.frugal_step import CHUNK, Kind, Rounding
 from memopt.ops.native import cuda_status
-from memopt.ops.transfer import to_device
-from memopt.optim.bucket import Bucket
-from memopt.optim.parts import LeadingRows
+from memopt.ops.transfer import copy_into
+from memopt.optim.bucket import Bucket, Entry
+from memopt.optim.parts import LeadingRows, Part
 from memopt.optim.rules import StateFreeRule, StateFullRule
 from memopt.optim.selections.axes import ChosenColumns, ChosenRows, Drawn
 from memopt.optim.selections.coordinates import Strata
 from memopt.optim.settings import Settings
 from memopt.optim.tensors import share
 
-_FREE, _FULL = int(Kind.FREE), int(Kind.FULL)
-_SIZE, _FIRST_CHUNK = int(Field.SIZE), int(Field.FIRST_CHUNK)
+_FREE, _FULL, _COLUMNS, _ROWS, _STRATA = (
+    int(Kind[k]) for k in ("FREE", "FULL", "COLUMNS", "ROWS", "STRATA")
+)
 # StrataSlots in csrc/cuda/frugal_tiles.cuh counts strata, and distances near a tile, in 32 bits.
 MOST_STRATA, LONGEST_STRATUM = 2**31, 2**22
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,7 +83,8 @@ class Tables:
     index: Tensor | None
     index_at: list[int]
     generation: int = -1
-    rows: list[list[int]] = field(default_factory=list)
+    layout: list[tuple[Extent, int]] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
 
 
 def max_chunks(bucket: Bucket, indices: Sequence[int]) -> int:
@@ -114,72 +117,85 @@ def make_tables(bucket: Bucket, indices: Sequence[int], *, split: bool) -> Table
 
 
 def fill_tables(tables: Tables, bucket: Bucket) -> None:
-    """Write the current layout into the tables."""
+    """Write the current layout into the tables.
+
+    Runs at every switch, for every parameter, before the kernel can start: what the last layout
+    had already is not made again (of columns and rows only the index changes).
+    """
     if tables.generation == bucket.generation:
         return
-    rows: list[list[int]] = []
-    for tensor, i in enumerate(tables.indices):
-        rows += _segments_of(bucket, tensor, i, tables.index_at[tensor])
-    first = 0
-    counts = []
-    for row in rows:
-        row[_FIRST_CHUNK] = first
-        counts.append(-(-row[_SIZE] // CHUNK))
-        first += counts[-1]
-    capacity = tables.chunks.numel()
-    empty = [0] * op.FIELDS
-    padded = rows + [empty] * (tables.segments.shape[0] - len(rows))
-    counts += [0] * (len(padded) - len(counts))
-    counts[-1] = capacity - first  # the last segment is empty and takes the unused chunks
-    assert len(rows) < len(padded)
-    number = torch.arange(len(padded), dtype=torch.int32)
-    chunks = torch.repeat_interleave(number, torch.tensor(counts), output_size=capacity)
-    device = tables.segments.device
-    tables.segments.copy_(to_device(padded, torch.int64, device))
-    tables.chunks.copy_(to_device(chunks, torch.int32, device))
-    _draw(tables, bucket)
-    tables.rows, tables.generation = rows, bucket.generation
+    layout = [(_extent(bucket.parts[i]), bucket.offsets[i]) for i in tables.indices]
+    if layout != tables.layout:
+        _write_segments(tables, bucket, layout)
+        tables.layout = layout
+    if tables.index is not None:
+        _draw(tables, bucket)
+    tables.generation = bucket.generation
 
 
-def _segments_of(bucket: Bucket, tensor: int, i: int, index_at: int) -> list[list[int]]:
-    entry, part, origin = bucket.entries[i], bucket.parts[i], bucket.offsets[i]
+# Of a part, all that its segments depend on: kind, numbers or lines with state, a draw's key and offset.
+Extent = tuple[int, int, int, int]
 
-    def row(kind: int, start: int, size: int, *draw: int) -> list[int]:
-        """One segment, in the order of `Field`; `draw` is A, B, KEY, OFFSET."""
-        return [
-            tensor,
-            kind,
-            start,
-            size,
-            origin,
-            0,
-            origin,
-            entry.tag,
-            *draw,
-            *[0] * (4 - len(draw)),
-        ]
 
+def _extent(part: Part | None) -> Extent:
     if isinstance(part, LeadingRows):
-        full = part.num_slots
-        parts = [row(_FULL, 0, full), row(_FREE, full, entry.size - full)]
-        return [segment for segment in parts if segment[_SIZE]]
-    if isinstance(part, ChosenColumns):
-        return [row(Kind.COLUMNS, 0, entry.size, entry.columns, part.draw.count, index_at)]
-    if isinstance(part, ChosenRows):
-        return [row(Kind.ROWS, 0, entry.size, entry.columns, 0, index_at)]
+        return _FULL, part.num_slots, 0, 0
+    if isinstance(part, Drawn):
+        return part.lines, part.draw.count, 0, 0
     assert isinstance(part, Strata)
     key = part.key if part.key < 2**63 else part.key - 2**64
-    return [row(Kind.STRATA, 0, entry.size, part.size, part.count, key, part.offset)]
+    return _STRATA, part.count, key, part.offset
+
+
+def _write_segments(tables: Tables, bucket: Bucket, layout: Sequence[tuple[Extent, int]]) -> None:
+    """Write the segments and which of them each chunk belongs to; both end with empty ones."""
+    numbers = array("q")
+    counts: list[int] = []
+    first = 0
+    for tensor, (i, (extent, origin)) in enumerate(zip(tables.indices, layout, strict=True)):
+        entry, index_at = bucket.entries[i], tables.index_at[tensor]
+        for kind, start, size, *draw in _segments_of(entry, extent, index_at):
+            # in the order of `Field`; `draw` is A, B, KEY, OFFSET
+            numbers.extend((tensor, kind, start, size, origin, first, origin, entry.tag, *draw))
+            counts.append(-(-size // CHUNK))
+            first += counts[-1]
+    assert len(numbers) < tables.segments.numel()
+    numbers.frombytes(bytes(8 * (tables.segments.numel() - len(numbers))))
+    copy_into(tables.segments, torch.frombuffer(numbers, dtype=torch.int64).view(-1, op.FIELDS))
+    capacity = tables.chunks.numel()
+    counts += [0] * (tables.segments.shape[0] - len(counts))
+    counts[-1] = capacity - first  # the last segment is empty and takes the unused chunks
+    if counts != tables.counts:
+        number = torch.arange(len(counts), dtype=torch.int32)
+        chunks = torch.repeat_interleave(number, torch.tensor(counts), output_size=capacity)
+        copy_into(tables.chunks, chunks)
+        tables.counts = counts
+
+
+def _segments_of(entry: Entry, extent: Extent, index_at: int) -> list[tuple[int, ...]]:
+    """Return (kind, start, size, A, B, KEY, OFFSET) of a parameter's segments."""
+    kind, count, key, offset = extent
+    if kind == _FULL:
+        parts = [
+            (_FULL, 0, count, 0, 0, 0, 0),
+            (_FREE, count, entry.size - count, 0, 0, 0, 0),
+        ]
+        return [segment for segment in parts if segment[2]]
+    if kind == _STRATA:
+        return [(kind, 0, entry.size, entry.size, count, key, offset)]
+    return [(kind, 0, entry.size, entry.columns, count, index_at, 0)]
 
 
 def _draw(tables: Tables, bucket: Bucket) -> None:
     """Draw columns and rows straight into the index, all tensors in one launch."""
     draws: list[int] = []
-    for i, position in zip(tables.indices, tables.index_at, strict=True):
-        part = bucket.parts[i]
-        if isinstance(part, Drawn):
-            lines = Lines.COLUMNS if isinstance(part, ChosenColumns) else Lines.ROWS
-            draws += draw_of(part.key, part.draw.size, part.draw.count, lines, position)
+    for i, position, (extent, _) in zip(
+        tables.indices, tables.index_at, tables.layout, strict=True
+    ):
+        if extent[0] in (_COLUMNS, _ROWS):
+            part = bucket.parts[i]
+            assert isinstance(part, (ChosenColumns, ChosenRows))
+            draws += draw_of(part.key, part.draw.size, part.draw.count, part.lines, position)
     if draws:
         torch.ops.memopt.frugal_draw(tables.index, draws)
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import hashlib
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,6 +46,15 @@ def test_subset_is_exact_ascending_and_the_same_in_a_batch(key, size, data):
 def test_keys_tell_parts_apart():
     assert key_of(1, 23) != key_of(12, 3)
     assert key_of(0, 1, "a") != key_of(0, 1, "b")
+
+
+@pytest.mark.parametrize(
+    "parts", [("w",), (3,), ("", "w"), (1, 1, "w"), (True, 1, "w"), (1.0, "1", "w")]
+)
+def test_a_key_is_the_hash_of_its_parts_texts(parts):
+    text = "\x1f".join(str(part) for part in parts).encode()
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    assert key_of(*parts) == int.from_bytes(digest, "little")
 
 
 def test_the_draw_is_fixed_for_ever():

@@ -59,6 +59,18 @@ def test_tables_say_what_the_reference_does(native_on_cpu, selection, full, on_s
             assert (a - b).detach().abs().max() <= 2e-6 * max(1.0, float(b.detach().abs().max()))
 
 
+@pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates"])
+def test_tables_follow_a_density_that_changes(native_on_cpu, selection):
+    sides = pair(torch.float32, selection=selection, update_gap=2, density=0.5)
+    densities = iter([0.5, 0.2, 0.2, 0.0, 0.0, 0.5, 0.35, 0.35, 1 / 3, 1 / 3])
+    for _ in run_both(sides, steps=9):
+        for a, b in zip(sides[0][0], sides[1][0], strict=True):
+            assert (a - b).detach().abs().max() <= 2e-6 * max(1.0, float(b.detach().abs().max()))
+        density = next(densities)
+        for _, optimizer in sides:
+            optimizer.param_groups[0]["density"] = density
+
+
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
 @pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates"])
 def test_low_precision_weights_are_the_same_bits(native_on_cpu, selection, rounding):

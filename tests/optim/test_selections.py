@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memopt.ops.counter_rng import key_of
 from memopt.optim.parts import Part
 from memopt.optim.selections import Choice, selection_named, selection_names
 from memopt.optim.selections.blocks import block_order, fill_budget
@@ -165,3 +167,10 @@ def test_low_rank_sides_and_sizes(shape):
         selection = selection_named(name)
         assert selection.num_slots(*shape, 0.33) == part.num_slots == rank * max(shape)
         assert selection.num_basis(*shape, 0.33) == rank * min(shape)
+
+
+def test_a_choice_in_another_round_is_that_rounds_choice():
+    first = Choice(seed=3, round=0, name="w", rows=40, columns=9, density=0.3, device=CPU)
+    later = first.in_round(7)
+    assert later == dataclasses.replace(first, round=7)
+    assert (first.round, later.key) == (0, key_of(3, 7, "w"))

@@ -11,11 +11,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from memopt.ops.counter_rng import random_subsets
+from memopt.ops.frugal_draw import Lines
 from memopt.optim.parts import IndexCut, LeadingRows, Part, Tile, ranges, rows_per_tile
 from memopt.optim.selections.base import Choice, Selection
 from memopt.optim.tensors import share
@@ -46,6 +48,7 @@ class Draw:
 class Drawn(Part):
     """What columns and rows share: number `member` of a draw; `length` is a line's elements."""
 
+    lines: ClassVar[int]
     draw: Draw
     member: int
     length: int
@@ -68,6 +71,8 @@ class Drawn(Part):
 
 class ChosenColumns(Drawn):
     """Some columns of a matrix of `length` rows."""
+
+    lines = int(Lines.COLUMNS)
 
     def tiles(self, weight: Tensor, grad: Tensor, limit: int | None, align: int) -> Iterator[Tile]:
         """Cut by rows; every tile has the same columns."""
@@ -94,6 +99,8 @@ class ChosenColumns(Drawn):
 
 class ChosenRows(Drawn):
     """Some rows of a matrix of `length` columns."""
+
+    lines = int(Lines.ROWS)
 
     @cached_property
     def _rows(self) -> list[int]:

@@ -28,6 +28,16 @@ class Choice:
     grad: Tensor | None = None
     exact_complement: bool = True
 
+    def in_round(self, round_: int) -> Choice:
+        """Return the same choice for another round.
+
+        This is `dataclasses.replace`, which checks every field, without its 3 us: a switch needs
+        one for every parameter.
+        """
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), round=round_)
+        return other
+
     @property
     def key(self) -> int:
         """The 64-bit key of (seed, round, parameter name)."""
