@@ -2,8 +2,8 @@
 
 A thread block is 256 threads of the operating system, one block after the other; `__syncwarp` and the
 warp's votes are barriers of 32 threads; an asynchronous copy happens when its thread waits for it, and
-not before. So what the kernel computes, and whether its lanes may run in any order between barriers,
-is tested without a GPU; its speed, registers and memory are not.
+not before. So what the kernel computes, the alignment of what it loads and stores at once, and whether
+its lanes may run in any order between barriers, is tested without a GPU; its speed and registers are not.
 """
 
 from __future__ import annotations
@@ -92,15 +92,22 @@ static uint32_t __ballot_sync(unsigned, int mine) {
 }
 static void __syncthreads() { block->arrive_and_wait(); }
 static void atomicAdd(uint32_t* p, uint32_t x) { std::atomic_ref<uint32_t>(*p) += x; }
-template <class T> T read(const T* p) { return *p; }
+static std::atomic<int> misaligned{0};  // a GPU stops there, this CPU does not mind
+template <class T> T* checked(T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) ++misaligned;
+  return p;
+}
+template <class T> T read(const T* p) { return *checked(p); }
 #define __ldg(p) read(p)
 #define __ldcs(p) read(p)
-#define __stcs(p, v) (*(p) = (v))
+#define __stcs(p, v) (*checked(p) = (v))
 #define __popc(x) __builtin_popcount(x)
 static uint32_t __umulhi(uint32_t a, uint32_t b) { return (uint64_t)a * b >> 32; }
 struct Copy { void* to; const void* from; size_t bytes; };
 thread_local std::vector<std::vector<Copy>> copies(1);  // the last group is open
 static void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  checked(static_cast<uint4*>(to));
+  checked(static_cast<const uint4*>(from));
   copies.back().push_back({to, from, bytes});
 }
 static void __pipeline_commit() { copies.emplace_back(); }
@@ -154,6 +161,7 @@ void pick(const memopt_frugal_tensors* tensors, const memopt_frugal_launch* laun
   else if (launch->index) run<T, kRounding, memopt::kIndexed>(tensors, launch);
   else run<T, kRounding, memopt::kRuns>(tensors, launch);
 }
+extern "C" int misaligned_accesses() { return misaligned; }
 extern "C" void emulated_step(const memopt_frugal_tensors* t, const memopt_frugal_launch* l,
                               int is_bfloat16, int rounding) {
   if (!is_bfloat16) return rounding ? pick<float, 1>(t, l) : pick<float, 0>(t, l);
@@ -272,6 +280,7 @@ def step_with(library: ctypes.CDLL):
         library.emulated_step(
             ctypes.byref(tensors), ctypes.byref(launch), int(is_bfloat16), rounding
         )
+        assert library.misaligned_accesses() == 0
 
     return step
 

@@ -16,6 +16,7 @@ from memopt.ops.frugal_draw import Lines, column_words, draw_of, frugal_draw_ref
 from memopt.ops.frugal_step import CHUNK
 from memopt.optim import Frugal, execute, native
 from tests.ops import emulate_cuda
+from tests.optim import gpu_checks
 
 # Odd sizes, rows shorter and longer than a tile, several rows a tile, one number, vectors.
 SHAPES = [(96, 256), (33, 20), (30,), (4, 3, 5), (700, 3), (1,), (64, 264), (3, 9000), (1, 5)]
@@ -139,6 +140,50 @@ def test_tiles_of_another_size_in_flight(tiles, tmp_path, monkeypatch):
         assert worst <= 1e-6
         worst, _ = largest_error(torch.bfloat16, selection=selection, rounding="kahan")
         assert worst <= 2**-7
+
+
+@pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_error_is_at_most_that_of_torchs_fused_adamw(emulated, selection, dtype):
+    """Against float64, from the same weights and moments; here torch's kernel is that of its CPU."""
+    ours, fused = gpu_checks.errors_against_float64(
+        dtype, steps=6, device="cpu", shapes=((64, 128), (50, 33)), selection=selection
+    )
+    assert ours[0] <= 1.001 * fused[0]
+    assert ours[1] <= 1.001 * fused[1]
+
+
+def off_by(value, count):
+    """Return a copy that begins `count` elements after an aligned address."""
+    around = torch.empty(value.numel() + count, dtype=value.dtype)
+    return around[count:].view(value.shape).copy_(value)
+
+
+@pytest.mark.parametrize(("dtype", "settings"), [
+    *[(torch.bfloat16, {"selection": name}) for name in ("blocks", "columns", "rows", "coordinates")],
+    (torch.bfloat16, {"rounding": "kahan", "selection": "columns"}),
+    (torch.bfloat16, {"quantize": "8bit"}),
+    *[(torch.float32, {"selection": name}) for name in ("blocks", "coordinates")],
+])  # fmt: skip
+def test_addresses_of_any_alignment_give_the_same_bits(emulated, settings, dtype):
+    """Weights and gradients that are views: only single elements can be moved then."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape).to(dtype) for shape in SHAPES]
+    sides = []
+    for count in (0, 1):
+        params = [torch.nn.Parameter(off_by(value, count)) for value in start]
+        optimizer = Frugal(
+            params, lr=1e-2, weight_decay=0.1, update_gap=2, impl="native", **settings
+        )
+        sides.append((count, params, optimizer))
+    for step in range(3):
+        for count, params, optimizer in sides:
+            generator = torch.Generator().manual_seed(step)
+            for p in params:
+                p.grad = off_by(torch.randn(p.shape, generator=generator).to(dtype), 3 * count)
+            optimizer.step()
+        for a, b in zip(sides[0][1], sides[1][1], strict=True):
+            assert torch.equal(a, b)
 
 
 def test_a_broken_gradient_is_not_hidden(emulated):
