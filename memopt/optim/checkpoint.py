@@ -8,14 +8,14 @@ the number 20000001 into 20054016. So the loading is done here, with torch's hoo
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from memopt.optim.bucket import BASIS, BASIS_ROUND, COMPENSATION, Bucket
-from memopt.optim.group_state import STEP, GroupState
+from memopt.optim.group_state import STEP, GroupState, Keys
 from memopt.optim.tensors import local_part
 
 if TYPE_CHECKING:
@@ -89,10 +89,18 @@ def _placed(name: str, value: Any, param: Tensor) -> Any:
     return local_part(value).detach().to(device=local_part(param).device, copy=True)
 
 
+def forget_keys(state: MutableMapping[Tensor, Any], params: Sequence[Tensor]) -> None:
+    """Drop what a probing step has shown, before real state takes its place."""
+    for param in params:
+        if isinstance(state.get(param), Keys):
+            del state[param]
+
+
 @torch.no_grad()
 def rebuild_groups(optimizer: Frugal) -> None:
     """Build arenas for the state that an optimizer has (after a load, a copy or an unpickling)."""
     for group in optimizer.param_groups:
+        forget_keys(optimizer.state, group["params"])
         members = [param for param in group["params"] if param in optimizer.state]
         if members:
             names = optimizer._names(group)

@@ -27,10 +27,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from memopt.optim import checkpoint
 from memopt.optim.execute import begin_replay, is_capturing, update_params
-from memopt.optim.group_state import CLOCK, GroupState
+from memopt.optim.group_state import CLOCK, GroupState, state_keys
 from memopt.optim.rules import state_free_rule, state_full_rule
 from memopt.optim.settings import Settings, warn_of_no_effect
-from memopt.optim.sharding import as_sharded
+from memopt.optim.sharding import any_over_shards, as_sharded
 from memopt.optim.tensors import local_part, shards_of
 
 IMPLEMENTATIONS = ("auto", "native", "foreach", "reference")
@@ -177,6 +177,7 @@ class Frugal(Optimizer):
             found.group, found.state = group, self.state  # either may have been replaced
             if found.knows(present):
                 return found
+        checkpoint.forget_keys(self.state, group["params"])
         known = set(present) | {p for p in group["params"] if p.requires_grad or p in self.state}
         members = [param for param in group["params"] if param in known]
         if found is None:
@@ -289,19 +290,25 @@ class Frugal(Optimizer):
         """Handle the first step of a checkpoint library that wants to see the state's keys.
 
         `torch.distributed.checkpoint` calls `step()` with all-zero gradients on an empty optimizer.
-        Nothing is chosen or counted then; `state_dict()` shows the keys from now on. The update of
-        an all-zero first gradient is the weight decay alone, for every rule.
+        Nothing is allocated, chosen or counted then; `state` shows the keys, `state_dict()` makes
+        the tensors. The update of an all-zero first gradient is the weight decay alone, for every
+        rule. Ranks with shards of the same parameters decide together.
         """
-        if self.state or self._groups:
+        if self._groups or (self.state and not self._probed):
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not params or any(bool(local_part(p.grad).any()) for p in params):
+        if not params:
+            return False
+        if any_over_shards(params, any(bool(local_part(p.grad).any()) for p in params)):
             return False
         self._probed = True
         for group in self.param_groups:
             factor = 1 - float(group["lr"]) * group["weight_decay"]
             for param in group["params"]:
-                if param.grad is not None and factor != 1:
+                if param.grad is None:
+                    continue
+                self.state[param] = state_keys(group, param)
+                if factor != 1:
                     local_part(param).mul_(factor)
         return True
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memopt.optim.arena import SCALE_SUFFIX
 from memopt.optim.bucket import (
     BASIS,
     BASIS_ROUND,
@@ -39,7 +40,29 @@ CLOCK: dict[str, Any] = {
     "num_shards": 0,
 }
 STEP = "step"
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 State = MutableMapping[Tensor, dict[str, Any]]
+
+
+class Keys(dict[str, Any]):
+    """The keys of a parameter's state that is not made yet, with values that hold nothing."""
+
+
+def state_keys(group: dict[str, Any], param: Tensor) -> Keys:
+    """Return which keys a parameter's state will have."""
+    settings = Settings.of(group)
+    low_rank = make_entry(param, "", settings).selection.low_rank
+    rule, dtype = state_full_rule(settings.state_full), local_part(param).dtype
+    names = [STEP]
+    for moment in rule.moments:
+        names.append(moment.name)
+        if settings.quantize is not None:
+            names.append(moment.name + SCALE_SUFFIX)
+    if settings.rounding == "kahan" and dtype in LOW_PRECISION:
+        names.append(COMPENSATION)
+    if low_rank:
+        names += [BASIS, BASIS_ROUND, *(rule.memory if isinstance(rule, JointRule) else ())]
+    return Keys({name: torch.empty(0, device="meta") for name in names})
 
 
 class GroupState:
@@ -121,7 +144,7 @@ class GroupState:
                 for name, (shape, dtype) in shapes.items():
                     if name not in shown:
                         shown[name] = torch.zeros(shape, dtype=dtype, device=bucket.device)
-                self._take_over(entry, shown, views)
+                self._take_over(bucket, i, shown, views)
                 self._remember(bucket, i, shown, views)
 
     @staticmethod
@@ -132,7 +155,7 @@ class GroupState:
     def _shapes(self, entry: Entry) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Return the tensors of a parameter's state that do not lie in the arena."""
         shapes, local = {}, local_part(entry.param)
-        if self.group["rounding"] == "kahan" and local.dtype in (torch.bfloat16, torch.float16):
+        if self.group["rounding"] == "kahan" and local.dtype in LOW_PRECISION:
             shapes[COMPENSATION] = local.shape, local.dtype
         for name in self.memory_names(entry):
             shapes[name] = torch.Size([1]), torch.float32
@@ -143,11 +166,14 @@ class GroupState:
         rule = state_full_rule(self.group["state_full"])
         return rule.memory if isinstance(rule, JointRule) and entry.selection.low_rank else ()
 
-    def _take_over(self, entry: Entry, shown: dict[str, Any], views: dict[str, Tensor]) -> None:
+    def _take_over(
+        self, bucket: Bucket, i: int, shown: dict[str, Any], views: dict[str, Tensor]
+    ) -> None:
+        entry = bucket.entries[i]
         for name, view in views.items():
             found = shown.get(name)
             if found is not None and found is not view:
-                found = fit_slice(entry, found, view)
+                found = fit_slice(bucket, i, name, found, view)
                 if found.shape != view.shape or found.dtype != view.dtype:
                     raise ValueError(
                         f"state {name!r} of {entry.name!r} is {found.dtype} {tuple(found.shape)},"
@@ -174,7 +200,7 @@ class GroupState:
             if not shown:
                 self._begin_anew(bucket, i, shown)
             home = self._views(bucket, i)
-            self._take_over(bucket.entries[i], shown, home)
+            self._take_over(bucket, i, shown, home)
             self._remember(bucket, i, shown, home)
 
     def _begin_anew(self, bucket: Bucket, i: int, shown: dict[str, Any]) -> None:

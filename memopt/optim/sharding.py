@@ -16,7 +16,7 @@ part for a copy of the first one's:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from memopt.ops import quantize as q8
 from memopt.optim.arena import SCALE_SUFFIX
 from memopt.optim.bucket import COMPENSATION, Bucket, Entry
 from memopt.optim.rules.base import Total
-from memopt.optim.tensors import share
+from memopt.optim.tensors import local_part, shards_of, share
 
 
 def as_sharded(bucket: Bucket, i: int, values: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _wrap(bucket: Bucket, i: int, key: str, value: Tensor) -> Tensor:
     elif bucket.has_rows(i):
         shape = torch.Size([shards.global_rows, *value.shape[1:]])
     else:
-        if not shards.even:
+        if not _slices_are_even(bucket, i):
             padded = value.new_zeros(_longest_slice(bucket, i, key))
             padded[: value.numel()] = value.view(-1)
             value = padded
@@ -82,10 +82,16 @@ def _longest_slice(bucket: Bucket, i: int, key: str) -> int:
     return q8.num_blocks(size) if is_scale else size
 
 
-def fit_slice(entry: Entry, found: Tensor, view: Tensor) -> Tensor:
+def _slices_are_even(bucket: Bucket, i: int) -> bool:
+    """Whether a parameter's slice is as long on every rank; what blocks have left is on the last."""
+    entries = bucket.entries if bucket.pooled else [bucket.entries[i]]
+    return all(entry.shards is None or entry.shards.even for entry in entries)
+
+
+def fit_slice(bucket: Bucket, i: int, key: str, found: Tensor, view: Tensor) -> Tensor:
     """Take the padding off a slice that `as_sharded` has shown longer than it is."""
-    uneven = entry.shards is not None and not entry.shards.even
-    if uneven and found.dim() == 1 and found.numel() > view.numel():
+    padded = bucket.entries[i].shards is not None and not _slices_are_even(bucket, i)
+    if padded and found.dim() == 1 and found.numel() == _longest_slice(bucket, i, key):
         return found[: view.numel()]
     return found
 
@@ -115,6 +121,28 @@ def check_shards(group: dict[str, Any], buckets: list[Bucket]) -> None:
         )
 
 
+def _groups_of_shards(param: Any) -> list[Any]:
+    """Return the process groups over which a DTensor's rows are cut; replicas are in none of them."""
+    mesh, placements = param.device_mesh, param.placements
+    return [
+        mesh.get_group(dim)
+        for dim, placement in enumerate(placements)
+        if placement.is_shard() and mesh.size(dim) > 1
+    ]
+
+
+def any_over_shards(params: Sequence[Tensor], found: bool) -> bool:
+    """Return whether any rank that has rows of the same parameters has found something."""
+    sharded = [param for param in params if shards_of(param) is not None]
+    groups = {id(group): group for param in sharded for group in _groups_of_shards(param)}
+    if not groups:
+        return found
+    flag = torch.tensor([float(found)], device=local_part(sharded[0]).device)
+    for group in groups.values():
+        torch.distributed.all_reduce(flag, group=group)
+    return bool(flag.item())
+
+
 def total_over_shards(entry: Entry) -> Total | None:
     """Return what sums a tensor over the ranks that have rows of a parameter; None if none do.
 
@@ -122,13 +150,7 @@ def total_over_shards(entry: Entry) -> Total | None:
     """
     if entry.shards is None:
         return None
-    mesh: Any = entry.param.device_mesh  # type: ignore[attr-defined]
-    placements: Any = entry.param.placements  # type: ignore[attr-defined]
-    groups = [
-        mesh.get_group(dim)
-        for dim, placement in enumerate(placements)
-        if placement.is_shard() and mesh.size(dim) > 1
-    ]
+    groups = _groups_of_shards(entry.param)
 
     def total(value: Tensor) -> Tensor:
         summed = value.contiguous()

@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 
-from memopt.optim import Frugal
+from memopt.optim import Frugal, presets
 
 SELECTIONS = ["blocks", "columns", "rows", "coordinates", "svd", "random", "randperm"]
 SHAPES = [(24, 20), (16, 40), (30,), (4, 3, 5), (7, 7)]
@@ -227,8 +227,12 @@ def test_each_group_has_its_own_clock_and_settings():
     assert optimizer.state_full_mask(b).sum() == 4 * 8
 
 
-def test_probing_step_neither_allocates_nor_counts():
-    params, optimizer = make()
+@pytest.mark.parametrize("settings", [
+    {}, {"selection": "svd"}, {"state_full": "lion", "quantize": "8bit"},
+    {"selection": "svd", "state_full": presets.fira.__name__, "state_free": "none"},
+])  # fmt: skip
+def test_probing_step_neither_allocates_nor_counts(settings):
+    params, optimizer = make(**settings)
     before = [p.detach().clone() for p in params]
     lr = optimizer.param_groups[0]["lr"]
     optimizer.param_groups[0]["lr"] = 0.0
@@ -237,22 +241,26 @@ def test_probing_step_neither_allocates_nor_counts():
     optimizer.step(closure=None)
     optimizer.param_groups[0]["lr"] = lr
     assert same(params, before)
-    assert not optimizer.state
+    keys = {i: set(optimizer.state[p]) for i, p in enumerate(params)}  # some libraries look here
+    assert all(value.numel() == 0 for p in params for value in optimizer.state[p].values())
     assert optimizer.state_bytes() == 0
     assert optimizer.param_groups[0]["calls"] == 0
     probed = optimizer.state_dict()["state"]  # now the keys are there
-    plain_params, plain = make()
+    plain_params, plain = make(**settings)
     train(plain_params, plain, range(1))
     real = plain.state_dict()["state"]
-    assert {i: set(v) for i, v in probed.items()} == {i: set(v) for i, v in real.items()}
+    assert {i: set(v) for i, v in probed.items()} == {i: set(v) for i, v in real.items()} == keys
     train(params, optimizer, range(7))
-    others, fresh = make()
+    others, fresh = make(**settings)
     train(others, fresh, range(7))
     assert same(params, others)
 
 
-def test_distributed_checkpoint_reads_and_restores(tmp_path):
+@pytest.mark.parametrize("asks_first", [True, False])
+@pytest.mark.parametrize("flatten", [True, False])
+def test_distributed_checkpoint_reads_and_restores(tmp_path, flatten, asks_first):
     from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
         get_optimizer_state_dict,
         set_optimizer_state_dict,
     )
@@ -271,12 +279,15 @@ def test_distributed_checkpoint_reads_and_restores(tmp_path):
 
     model, optimizer = build()
     steps(model, optimizer, range(5))
-    saved = get_optimizer_state_dict(model, optimizer)
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
     torch.save(saved, tmp_path / "o.pt")
     other, resumed = build()
-    get_optimizer_state_dict(other, resumed)  # probes: zero gradients, lr 0, empty state
+    if asks_first:
+        get_optimizer_state_dict(other, resumed)  # probes: zero gradients, lr 0, empty state
     other.load_state_dict(model.state_dict())
-    set_optimizer_state_dict(other, resumed, torch.load(tmp_path / "o.pt", weights_only=True))
+    loaded = torch.load(tmp_path / "o.pt", weights_only=True)
+    set_optimizer_state_dict(other, resumed, loaded, options=options)
     steps(model, optimizer, range(5, 11))
     steps(other, resumed, range(5, 11))
     assert same(model.parameters(), other.parameters())

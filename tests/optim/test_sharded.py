@@ -18,9 +18,11 @@ import contextlib, sys, torch, torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from unittest import mock
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from memopt.optim import Frugal, bucket, frugal, frugal_groups
 from memopt.optim.tensors import Shards
@@ -94,7 +96,8 @@ def run(selection, width, folder, patches):
     gathered.clear()
     steps(sharded, two, range(5))
     matrices = 6 if selection == "svd" else 0  # their gradients, in the switches 0 and 3
-    assert gathered == [matrices, 0, 0, matrices, 0], gathered
+    # and one number in the first step: whether all ranks' gradients are zero, a library's probe
+    assert gathered == [matrices + 1, 0, 0, matrices, 0], gathered
     if selection == "columns" or subspace:  # the same draw as without shards: the same weights
         near = {"rtol": 1e-3, "atol": 2e-5} if subspace else {"rtol": 1e-5, "atol": 1e-6}
         for (name, p), q in zip(sharded.named_parameters(), plain.parameters(), strict=True):
@@ -137,7 +140,49 @@ def run(selection, width, folder, patches):
         for p, q in zip(single.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
+def run_options(selection, width, folder):
+    # All parameters in one group: its last is even, those before are not.
+    def make():
+        model = shard(build(width))
+        return model, Frugal(model.named_parameters(), lr=1e-2, update_gap=3, selection=selection)
+    for kind in ("flatten", "full"):
+        flat, full = kind == "flatten", kind == "full"
+        model, optimizer = make()
+        steps(model, optimizer, range(5))
+        saving = StateDictOptions(
+            flatten_optimizer_state_dict=flat, full_state_dict=full, cpu_offload=full)
+        loading = StateDictOptions(
+            flatten_optimizer_state_dict=flat, full_state_dict=full, broadcast_from_rank0=full)
+        saved = get_optimizer_state_dict(model, optimizer, options=saving)
+        other, resumed = make()
+        other.load_state_dict(model.state_dict())
+        set_optimizer_state_dict(other, resumed, saved, options=loading)
+        steps(model, optimizer, range(5, 10))
+        steps(other, resumed, range(5, 10))
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p.to_local(), q.to_local()), kind
+
+def run_zeros(selection, width, folder):
+    # The first gradient is zero in the rows of the last rank only: no library's probe.
+    model = shard(build(width))
+    optimizer = make(model, selection)
+    for number in range(5):
+        torch.manual_seed(number)
+        for p in model.parameters():
+            whole = torch.randn(p.shape)
+            if number == 0:
+                whole[-(-p.shape[0] // 2):] = 0
+            p.grad = distribute_tensor(whole, mesh, p.placements)
+        optimizer.step()
+    assert [group["calls"] for group in optimizer.param_groups] == [5, 5]
+
 for text in sys.argv[3:]:
+    if "/" in text:
+        kind, text = text.split("/")
+        print(kind, text, flush=True)
+        selection, width = text.split("-")
+        {"options": run_options, "zeros": run_zeros}[kind](selection, int(width), sys.argv[1])
+        continue
     selection, width = text.split("-")
     print(text, flush=True)
     with contextlib.ExitStack() as patches:
@@ -152,6 +197,8 @@ CASES = [
     for selection in ("columns", "rows", "blocks", "coordinates", "svd", "random")
     for width in (16, 15)  # 15: the last shard is smaller
 ]
+CASES += [f"options/{name}-15" for name in ("columns", "rows", "blocks", "svd")]
+CASES += ["zeros/columns-16", "zeros/svd-16"]
 
 
 @pytest.mark.parametrize("mesh", ["shards", pytest.param("hybrid", marks=pytest.mark.slow)])
