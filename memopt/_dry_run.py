@@ -26,11 +26,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
+from memopt.activations.caches import EmptyCaches
 from memopt.activations.facts import facts_of
 from memopt.activations.modes import MIN_MOVE_BYTES
 from memopt.activations.observe import RegionObserver
 from memopt.activations.observed_mode import Op, Record
-from memopt.activations.patch import PatchedForward, has_filled_cache, without_caches
+from memopt.activations.patch import PatchedForward
 from memopt.activations.regions import is_flat_sequential
 from memopt.activations.tensors import nbytes_of, storage_key, tensors_in
 from memopt.memory.fake_bytes import FakeBytes
@@ -227,9 +228,11 @@ class _Calls:
         self, name: str, module: Module, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Run one call, checkpointed, or repeat one."""
-        if has_filled_cache(args, kwargs):
+        caches = EmptyCaches(module, args, kwargs)
+        if caches.filled:
             raise Impure("a filled key/value cache")
-        args, kwargs, _ = without_caches(args, kwargs)
+        args, kwargs, had_cache = caches.taken_out(args, kwargs)
+        run = caches.given_to(plain)
         count = self._num_calls.get(name, 0)
         self._num_calls[name] = count + 1
         call = _Call(f"{name}#{count}" if count else name)
@@ -237,18 +240,18 @@ class _Calls:
         inputs = [t for t in leaves if isinstance(t, Tensor)]
         trained = [p for p in plain.__self__.parameters() if p.requires_grad]  # type: ignore[attr-defined]
         if not trained and not any(t.requires_grad for t in inputs):
-            return plain(*args, **kwargs)
+            return run(*args, **kwargs)
         record = self._observer.open(
             call.name, module, [(id(t), nbytes_of(t)) for t in inputs if not t.is_leaf]
         )
-        kind = (_kind_of(module), str(spec), tuple(map(_signature, leaves)))
+        kind = (_kind_of(module), str(spec), tuple(map(_signature, leaves)), had_cache)
         known = self._kinds.get(kind)
         if known is not None:
             self._repeats.append((record, known[0]))
             self._observer.close_forward(record, known[0].num_ops)
             return _repeated(known[1], [*inputs, *trained[:1]], self._observer, call)
         out = checkpoint(
-            lambda: plain(*args, **kwargs),
+            lambda: run(*args, **kwargs),
             use_reentrant=False,
             preserve_rng_state=False,
             context_fn=lambda: (

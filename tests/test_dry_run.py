@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import random
 
 import numpy as np
@@ -174,7 +175,9 @@ def test_a_cache_among_the_arguments_stays_as_it_is():
     cache = DynamicCache(config=model.config)
     tokens = torch.randint(0, 512, (1, 16))
     before = world(model)
-    batch = {"input_ids": tokens, "labels": tokens, "past_key_values": cache}
+    parameters = inspect.signature(model.forward).parameters  # `cache` from transformers 5.24 on
+    name = "cache" if "cache" in parameters else "past_key_values"
+    batch = {"input_ids": tokens, "labels": tokens, name: cache}
     with contextlib.suppress(Impure):
         dry_run(model, find_regions(model), (), batch, CPU)
     assert cache.get_seq_length() == 0

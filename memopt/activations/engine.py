@@ -17,11 +17,12 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from memopt.activations.caches import EmptyCaches
 from memopt.activations.clock import RegionClock
 from memopt.activations.contexts import ForwardContext, RecomputeContext
 from memopt.activations.frame import Frame, InputSlot, PreImage, RngState
 from memopt.activations.modes import MIN_MOVE_BYTES, ForwardMode, Place
-from memopt.activations.patch import PatchedForward, has_filled_cache, without_caches
+from memopt.activations.patch import PatchedForward
 from memopt.activations.regions import is_flat_sequential
 from memopt.activations.runs import RunsPatch
 from memopt.activations.shared_inputs import SharedInput, SharedInputs
@@ -177,23 +178,22 @@ class ActivationEngine:
         plan = self._plans.get(name, _RECOMPUTED)
         if plan.plain and self.observer is None:
             return self._untouched(name, patch, args, kwargs)
-        if has_filled_cache(args, kwargs):
+        caches = EmptyCaches(patch.module, args, kwargs)
+        if caches.filled:
             self.notes["regions called with a filled key/value cache run untouched"] = None
             return self._untouched(name, patch, args, kwargs)
-        args, kwargs, had_cache = without_caches(args, kwargs)
+        args, kwargs, had_cache = caches.taken_out(args, kwargs)
         if had_cache:
-            self.notes[
-                "key/value caches are switched off inside regions while gradients are on"
-            ] = None
+            self.notes["key/value caches are left empty by regions while gradients are on"] = None
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if not self._needs_gradient(patch.module, leaves):
-            return patch.plain(*args, **kwargs)
+            return caches.given_to(patch.plain)(*args, **kwargs)
         frame = Frame(name, patch.module, RngState.capture(self.device))
         self._enter(frame)
         frame.call_args = leaves
         whole = [(args, kwargs)]  # the caller's own lists: a region may add to them
         failed: list[BaseException] = []
-        plain = patch.plain
+        plain = caches.given_to(patch.plain)
 
         def call(values: list[Any]) -> Any:  # knows nothing of the frame, which holds it
             call_args, call_kwargs = pytree.tree_unflatten(values, spec)

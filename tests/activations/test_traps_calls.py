@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import io
 import pickle
 
@@ -45,7 +46,7 @@ def test_cache_is_off_in_training_and_back_in_evaluation(name):
             out = model(input_ids=tokens, **labels)
             out.loss.backward()
             model.zero_grad()
-            cache = out.past_key_values
+            cache = out[cache_name(model)]
             kept = 0 if cache is None else _cache_bytes(cache)
             assert kept == 0, f"step {i}: the cache pins {kept} bytes of keys and values"
         assert "cache" in notes_of(run)
@@ -55,12 +56,99 @@ def test_cache_is_off_in_training_and_back_in_evaluation(name):
             inside = model(input_ids=tokens, **labels)
             expected = plain(input_ids=tokens, **labels)
             assert same_bits(inside.logits, expected.logits)
-            assert (
-                _cache_bytes(inside.past_key_values) == _cache_bytes(expected.past_key_values) > 0
-            )
-    assert _cache_bytes(model.train()(input_ids=tokens, **labels).past_key_values) > 0, (
-        "restored after leaving"
+            name = cache_name(model)
+            assert _cache_bytes(inside[name]) == _cache_bytes(expected[name]) > 0
+    after = model.train()(input_ids=tokens, **labels)
+    assert _cache_bytes(after[cache_name(model)]) > 0, "restored after leaving"
+
+
+def cache_name(model):
+    """What transformers calls the cache: `cache` from 5.24 on, `past_key_values` before."""
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+class _Remembers(Block):
+    """Keeps its input in a cache, as attention does; a cache concatenates, so what it returns is contiguous."""
+
+    def __init__(self, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, x, memory=None):
+        keys = x.t()[None, None]
+        if memory is not None:
+            keys, _ = memory.update(keys, keys, self.layer_idx)
+        scale = 2.0 if keys.is_contiguous() else 3.0  # stands for a GEMM with other last bits
+        return x + scale * self.b(torch.tanh(self.a(keys[0, 0].t())))
+
+
+class _Remembering(Net):
+    def __init__(self, by_keyword):
+        indices = iter(range(4))
+        super().__init__(lambda: _Remembers(next(indices)))
+        self.by_keyword = by_keyword
+
+    def forward(self, x):
+        from transformers import DynamicCache
+
+        self.memory, h = DynamicCache(), self.inp(x)
+        for layer in self.layers:
+            h = layer(h, memory=self.memory) if self.by_keyword else layer(h, self.memory)
+        return self.out(h)
+
+
+@pytest.mark.parametrize("placement", ["recompute", "kept"])
+@pytest.mark.parametrize("by_keyword", [True, False])
+def test_a_cache_under_any_name_stays_empty_and_does_its_work(by_keyword, placement):
+    """A recompute would append once more; a region without its cache would compute over other layouts."""
+    program = Program(
+        build=functools.partial(_Remembering, by_keyword), step=simple_step, regions=["layers"]
     )
+    record = assert_bitwise(program, placement)
+    assert _cache_bytes(record.model.memory) == 0
+    assert "caches are left empty" in notes_of(record.run)
+    simple_step(record.model, 0)
+    assert _cache_bytes(record.model.memory) > 0, "left as it was"
+
+
+@pytest.mark.parametrize("placement", ["recompute", "ssd"])
+def test_a_cache_that_other_layers_fill_does_not_keep_a_region_from_its_plan(placement):
+    """`layers.0` is no region, so its part of the cache is full when `layers.1` is called."""
+    program = Program(
+        build=functools.partial(_Remembering, True), step=simple_step, regions=["layers.1"]
+    )
+    record = assert_bitwise(program, placement)
+    assert [region.name for region in record.run.trace.regions] == ["layers.1"]
+    assert len([keys for keys in _all_keys(record.model.memory) if keys is not None]) == 2
+
+
+def _all_keys(cache):
+    return [layer.keys for layer in cache.layers]
+
+
+def test_counters_of_a_cache_are_not_counted_up():
+    """A static cache counts its tokens in a tensor, in place."""
+    from transformers.cache_utils import Cache, StaticLayer
+
+    from memopt.activations.caches import EmptyCaches
+
+    module = _Remembers(0)
+    cache = Cache(layers=[StaticLayer(max_cache_len=ROWS)])
+    caches = EmptyCaches(module, (), {"memory": cache})
+    args, kwargs, had_cache = caches.taken_out((), {"memory": cache})
+    assert (args, kwargs, had_cache) == ((), {"memory": None}, True)
+
+    def update(memory):
+        keys = torch.ones(1, 1, ROWS, WIDTH)
+        memory.update(keys, keys, 0)
+        return int(memory.layers[0].cumulative_length)
+
+    assert [caches.given_to(update)(**kwargs) for _ in range(2)] == [ROWS, ROWS]
+    assert int(cache.layers[0].cumulative_length) == 0
+    assert not EmptyCaches(module, (), {"memory": cache}).filled
+    update(cache)
+    assert EmptyCaches(module, (), {"memory": cache}).filled
 
 
 def _cache_bytes(cache):
@@ -84,11 +172,11 @@ def test_a_filled_cache_given_by_the_user_is_exact_or_refused(placement):
 
     def step(model, i):
         with torch.no_grad():
-            prefix = model(
-                input_ids=ids(i + 30), past_key_values=DynamicCache(config=model.config)
-            ).past_key_values
+            name = cache_name(model)
+            empty = DynamicCache(config=model.config)
+            prefix = model(input_ids=ids(i + 30), **{name: empty})[name]
         tokens = ids(i)
-        loss = model(input_ids=tokens, labels=tokens, past_key_values=prefix).loss
+        loss = model(input_ids=tokens, labels=tokens, **{name: prefix}).loss
         loss.backward()
         return loss
 
