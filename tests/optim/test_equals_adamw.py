@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memopt.optim import Frugal
+from memopt.optim import Frugal, execute
 
 SHAPES = [(33, 20), (16, 41), (37,), (4, 3, 5), (129, 7)]
 
@@ -29,6 +29,46 @@ def test_density_one_is_bitwise_adamw(selection, dtype, impl):
     for _ in range(10):
         for a, b in zip(ours, theirs, strict=True):
             b.grad = a.grad = torch.randn(a.shape, generator=generator).to(dtype)
+        frugal.step()
+        adamw.step()
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
+
+
+def odd_parameters(dtype):
+    """Parameters of no elements, no dimensions, and no contiguous memory."""
+    torch.manual_seed(0)
+    base = torch.randn(40, 40).to(dtype)
+    values = [
+        torch.randn(s).to(dtype) for s in ((), (0,), (0, 5), (5, 0), (1,), (70_000,), (513, 129))
+    ]
+    values += [
+        torch.randn(6, 5, 4, 4).to(dtype).to(memory_format=torch.channels_last),
+        torch.randn(2, 3, 4, 5, 6).to(dtype).to(memory_format=torch.channels_last_3d),
+        torch.randn(17, 13).to(dtype).T, base[3:17, 5:22], base[20:, ::3],
+    ]  # fmt: skip
+    params = [torch.nn.Parameter(value) for value in values]
+    assert sum(not p.is_contiguous() for p in params) == 5
+    return params
+
+
+@pytest.mark.parametrize("tile", [None, 1 << 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates", "randperm"])
+def test_density_one_is_bitwise_adamw_for_odd_parameters(monkeypatch, selection, dtype, tile):
+    if tile:
+        monkeypatch.setattr(execute, "CPU_TILE", tile)
+    ours, theirs = odd_parameters(dtype), odd_parameters(dtype)
+    frugal = Frugal(
+        ours, lr=1e-2, weight_decay=0.1, density=1.0, update_gap=2, selection=selection,
+        impl="foreach" if tile else "reference",
+    )  # fmt: skip
+    adamw = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1, foreach=True)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            grad = torch.randn(a.shape, generator=generator).to(dtype)
+            a.grad, b.grad = (torch.empty_like(p).copy_(grad) for p in (a, b))
         frugal.step()
         adamw.step()
         for a, b in zip(ours, theirs, strict=True):
