@@ -278,8 +278,8 @@ class Bucket:
         for moment, value in zip(self.arena.moments, values, strict=True):
             if type(old) is type(new):
                 carried.append(new.carry(old, value, signed=moment.signed))
-            else:  # between all (or nothing) and a choice: nothing is common knowledge
-                carried.append(value.new_zeros(new.num_slots))
+            else:  # between all, or none, and a choice (a schedule of the density)
+                carried.append(_carry_elements(self.entries[i], old, new, value))
         for name in self.arena.arrays:
             self.arena.piece(name, *self.slices[i]).zero_()
         self.arena.save(start, carried, None)
@@ -369,6 +369,13 @@ class Bucket:
             wide[:, : old.basis.shape[0]] = value.view(old.long_side, -1)
             kept.append(wide[:, :rank].reshape(-1))
         self.arena.save(start, kept, None)
+
+
+def _carry_elements(entry: Entry, old: Part, new: Part, moment: Tensor) -> Tensor:
+    """Carry what stays chosen between parts of any kind: slots are in the order of the elements."""
+    every = moment.new_zeros(entry.rows, entry.columns)
+    every[old.mask(entry.rows, entry.columns).to(moment.device)] = moment
+    return every[new.mask(entry.rows, entry.columns).to(moment.device)]
 
 
 def _slots(part: Part | None) -> int:

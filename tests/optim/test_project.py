@@ -59,6 +59,30 @@ def test_what_stays_chosen_keeps_its_moments(selection, order, quantize):
     assert kept_some
 
 
+@pytest.mark.parametrize("densities", [(1.0, 0.5), (0.5, 1.0), (0.5, 0.3), (0.0, 0.5), (0.5, 0.0)])
+@pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates"])
+def test_what_stays_chosen_is_carried_when_the_density_changes(selection, densities):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s)) for s in [(12, 10), (10, 14), (9, 9)]]
+    optimizer = Frugal(params, density=densities[0], arena_density=1.0, selection=selection, lr=0.0,
+                       update_gap=2, on_switch="project", betas=(0.0, 0.0))  # fmt: skip
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    before = [moments(optimizer, p) for p in params]
+    optimizer.param_groups[0]["density"] = densities[1]
+    optimizer._groups[0].begin_call()
+    kept = 0
+    for p, (mask, m, v) in zip(params, before, strict=True):
+        new_mask, new_m, new_v = moments(optimizer, p)
+        both = mask & new_mask
+        kept += int(both.sum())
+        assert torch.equal(new_m, torch.where(both, m, 0.0))
+        assert torch.equal(new_v, torch.where(both, v, 0.0))
+    assert (kept > 0) == (min(densities) > 0.0)
+
+
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
 def test_subspaces_rotate(shape):
     torch.manual_seed(0)
