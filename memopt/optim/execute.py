@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from memopt.ops import frugal_step as op
+from memopt.ops.native import cuda_status
 from memopt.optim import native
 from memopt.optim.bucket import COMPENSATION, Bucket
 from memopt.optim.capture import DeviceClock
@@ -75,7 +77,18 @@ def why_not_native(
     )  # fmt: skip
     if bucket.refusals.get(key) is None:
         bucket.refusals[key] = native.refusal(bucket, settings, *rules)
+        _tell_of_missing_kernels(bucket.device.type, bucket.refusals[key])
     return bucket.refusals[key]
+
+
+def _tell_of_missing_kernels(device: str, reason: str) -> None:
+    """Warn where impl='auto' would take the kernel and cannot have it: that costs most of the speed."""
+    if device == "cuda" and reason and reason == cuda_status().reason:
+        warnings.warn(
+            f"Frugal steps with PyTorch's operations, several times slower than its kernel; {reason}."
+            " impl='foreach' asks for it",
+            stacklevel=2,
+        )
 
 
 # ------------------------------------------------------------------------------- PyTorch

@@ -235,20 +235,30 @@ class Frugal(Optimizer):
             raise ValueError(
                 "step_partial got a parameter twice: a parameter can be stepped once in a step"
             )
-        where = {p: group for group in self.param_groups for p in group["params"]}
+        where: dict[Tensor, dict[str, Any]] = {}
         for param in wanted:
-            if param not in where:
+            group = self._group_of(param)
+            if group is None:
                 raise ValueError("step_partial got a parameter that this optimizer does not have")
             if param.grad is None:
                 raise ValueError("step_partial got a parameter without a gradient")
-            found = self._groups.get(where[param]["number"])
+            found = self._groups.get(group["number"])
             if found is not None and param in found.stepped:
                 raise ValueError("a parameter can be stepped once in a step: call step() to end it")
+            where[param] = group
         for group in self.param_groups:
             members = [param for param in wanted if where[param] is group]
             if members:
                 self._step_group(group, members)
                 self._groups[group["number"]].stepped.update(members)
+
+    def _group_of(self, param: Tensor) -> dict[str, Any] | None:
+        for group in self.param_groups:  # those at work know theirs: hooks call for every parameter
+            found = self._groups.get(group["number"])
+            if found is not None and param in found.home:
+                return group
+        holders = (g for g in self.param_groups if any(p is param for p in g["params"]))
+        return next(holders, None)
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         found = self._groups.get(group["number"])

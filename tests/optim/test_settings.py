@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from memopt.optim import Frugal, frugal_groups, presets
+from memopt.optim import Frugal, execute, frugal_groups, presets
 
 # The signature that users were promised.
 DEFAULTS = {
@@ -107,6 +108,19 @@ def test_an_implementation_that_cannot_run_changes_nothing():
             optimizer.step()
     assert optimizer.state[weight]["step"] == 0
     assert torch.equal(weight, torch.ones(4, 4))
+
+
+def test_a_missing_kernel_is_told_on_a_gpu_only(monkeypatch):
+    absent = SimpleNamespace(reason="not built: run tools/build_cuda.py")
+    monkeypatch.setattr(execute, "cuda_status", lambda: absent)
+    with pytest.warns(UserWarning, match=r"several times slower.*run tools/build_cuda\.py"):
+        execute._tell_of_missing_kernels("cuda", absent.reason)
+    for device, reason in (
+        ("cpu", absent.reason),
+        ("cuda", "selection svd is matrix products"),
+        ("cuda", ""),
+    ):
+        execute._tell_of_missing_kernels(device, reason)
 
 
 class Layers(nn.Module):
