@@ -14,21 +14,25 @@ from memopt.memory.host import peak_resident_bytes
 from memopt.plan import predict_plain
 from memopt.report import RunReport
 from memopt.types.budget import ResolvedBudget
-from memopt.types.plan import Plan
+from memopt.types.plan import Plan, Prediction
 from memopt.types.report import Footprint, Moved, PlacementRow, SsdWear
 from memopt.types.trace import StepTrace
 
 
 def make_report(
-    resources: Resources, steps: Steps, trace: StepTrace | None, plan: Plan, notes: list[str]
+    resources: Resources,
+    steps: Steps,
+    trace: StepTrace | None,
+    plan: Plan,
+    predicted: Prediction,
+    notes: list[str],
 ) -> RunReport:
-    """Return the report of the steps so far."""
+    """Return the report of the steps so far; `predicted`: the largest peaks of the plans so far."""
     steps.finish()
     first, median = steps.step_times()
     moved = resources.transfers.moved
     on_cuda = resources.device.type == "cuda"
     device = resources.device
-    predicted = plan.predicted
     planned = trace is not None and bool(trace.regions)
     return RunReport(
         device=f"{device} {torch.cuda.get_device_name(device)}" if on_cuda else "cpu",

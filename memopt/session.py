@@ -225,7 +225,8 @@ class Session:
         if self._resources.closed:
             raise ConfigError("the session was interrupted while it stopped: it has no report")
         notes = [*self.notes, *self._engine.notes, *self.plan.notes]
-        return make_report(self._resources, self._steps, self.trace, self.plan, notes)
+        predicted = self.plan.predicted.after(self._engine.predicted)
+        return make_report(self._resources, self._steps, self.trace, self.plan, predicted, notes)
 
     # - The loop going by
 

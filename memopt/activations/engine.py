@@ -30,7 +30,7 @@ from memopt.activations.skips import Readers, RegionSkips
 from memopt.activations.stored import Checked, Label, Stored
 from memopt.activations.tensors import is_dense, is_plain, nbytes_of
 from memopt.activations.transfers import Transfers
-from memopt.types.plan import Placement, Plan, RegionPlan
+from memopt.types.plan import Placement, Plan, Prediction, RegionPlan
 
 _RECOMPUTED = RegionPlan(name="")
 _CHANGING = (
@@ -85,6 +85,8 @@ class ActivationEngine:
         self._op_lists: dict[str, list[Any]] = {}
         self.notes: dict[str, None] = {}
         self.plan = Plan()
+        self.predicted = Prediction()
+        """Of the plan in force; the bytes are the largest of all plans so far, as measured peaks are."""
         self.closed = False
         self._plans: dict[str, RegionPlan] = {}
         self._placements: dict[str, dict[int, tuple[str, Place]]] = {}
@@ -137,6 +139,7 @@ class ActivationEngine:
     def use(self, plan: Plan) -> None:
         """Put a plan in force; frames already live keep what they have."""
         self.plan = plan
+        self.predicted = plan.predicted.after(self.predicted)
         self.transfers.window_bytes = plan.window_bytes
         self._plans = {r.name: r for r in plan.regions}
         skips_before, self._placements, self._skips = self._skips, {}, {}

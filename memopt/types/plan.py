@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -61,6 +61,15 @@ class Prediction:
     step_s: float = 0.0
     exposed_s: float = 0.0
     d2h_bytes: int = 0
+
+    def after(self, earlier: Prediction) -> Prediction:
+        """Return this with the larger peaks of both: what a run under one plan and then the other reaches."""
+        return replace(
+            self,
+            device_bytes=max(self.device_bytes, earlier.device_bytes),
+            host_bytes=max(self.host_bytes, earlier.host_bytes),
+            ssd_bytes=max(self.ssd_bytes, earlier.ssd_bytes),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

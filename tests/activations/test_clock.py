@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ import memopt
 from memopt._planning import Planner
 from memopt.activations.clock import LEAST_COPIED_BYTES, MAX_CALLS, RegionClock
 from memopt.memory.meter import CpuMeter
-from memopt.types.plan import Plan, RegionPlan
+from memopt.types.plan import Plan, Prediction, RegionPlan
 
 
 class Hands:
@@ -319,3 +321,17 @@ def test_copies_beside_compute_tell_the_rate_of_the_link(monkeypatch):
     for rate in rates[0]:
         assert 5e9 < rate < 1e11
     assert "copies showed" in probed.source
+
+
+def test_peaks_of_a_run_are_compared_with_the_largest_that_its_plans_predicted():
+    """A later plan may need less: the peak of the whole run is no fault of its prediction."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)))
+    with memopt.optimize(model, plan="recompute", regions=["0", "1", "2", "3"]) as run:
+        for _ in range(5):
+            model(torch.ones(256, 64)).sum().backward()
+        first = run.plan.predicted
+        later = Prediction(device_bytes=first.device_bytes - 1, ssd_bytes=5, step_s=7.0)
+        run._engine.use(replace(run.plan, predicted=later))
+    predicted = run.report().predicted
+    assert predicted.device_bytes == first.device_bytes > 0
+    assert (predicted.ssd_bytes, predicted.step_s) == (5, 7.0)
