@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 _NEEDS = ("transformers", "matplotlib")
 
 
-@click.command("demo")
+@click.command("demo", short_help="Train a small Llama plain and in 40 % of the memory.")
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("memopt_demo"),
     show_default=True,
-    help="Directory for the picture, the report and the figures; the spill file is kept there too.",
+    help="Directory for the picture, the report and the figures; memopt spills to it while it runs.",
 )
 @click.option(
     "--steps", type=click.IntRange(min=2), default=8, show_default=True, help="Steps per run."
@@ -63,7 +63,7 @@ def demo_command(
     _check_extras()
     from memopt.cli.demo_worker import DemoConfig
 
-    output.mkdir(parents=True, exist_ok=True)
+    _check_output(output)
     people = Console(stderr=as_json)
     config = DemoConfig(num_steps=steps, num_threads=threads or sensible_threads())
     result = run_both(config, share, output.resolve(), people)
@@ -96,6 +96,19 @@ def _check_extras() -> None:
         raise click.UsageError(
             f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}"
         )
+
+
+def _check_output(output: Path) -> None:
+    import tempfile
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise click.UsageError(
+            f"--output {output}: {error.strerror}; name a directory that can be written"
+        ) from error
 
 
 def run_both(config: DemoConfig, share: float, output: Path, people: Console) -> dict[str, Any]:
@@ -172,7 +185,10 @@ def _follow(
             assert worker.stdout is not None
             for line in worker.stdout:
                 event = json.loads(line)
-                if event.pop("event") == "step":
+                kind = event.pop("event")
+                if kind == "refused":
+                    raise click.ClickException(f"the {name} run was refused: {event['message']}")
+                if kind == "step":
                     figures["losses"].append(event["loss"])
                     figures["step_s"].append(event["step_s"])
                     figures["cpu_s"].append(event["cpu_s"])

@@ -5,7 +5,8 @@ object per line to stdout: what it is about to train, each step, and at the end 
 memory over time. Anything that a library prints goes to stderr instead.
 
 Both runs measure themselves by the same means, outside memopt's own: `AccountedMemory` around everything (every tensor
-is born under it, parameters and optimizer state included) and the process's resident set.
+is born under it, parameters and optimizer state included) and the process's resident set. memopt's staging buffers are
+no tensors; they count against its budget, so they are added to its run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -101,6 +102,8 @@ class MemoryOverTime(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.samples: list[tuple[float, int, int]] = []
+        self.beside: Callable[[], int] = int
+        """Bytes that are no tensor's and count all the same."""
         self._largest_bytes = 0
         self._finished = threading.Event()
 
@@ -118,7 +121,7 @@ class MemoryOverTime(threading.Thread):
         """Sample until `stop`."""
         while not self._finished.wait(SAMPLE_PERIOD_S):
             level, self._largest_bytes = self._largest_bytes, 0
-            level = max(level, self._accounted.current_bytes)
+            level = max(level, self._accounted.current_bytes) + self.beside()
             elapsed_s = time.perf_counter() - self._start_s
             self.samples.append((round(elapsed_s, 3), level, resident_bytes()))
 
@@ -158,6 +161,8 @@ def train(config: DemoConfig, emit: Any) -> None:
             context = memopt.optimize(model, optimizer, budget=budget)
         start_s = time.perf_counter()
         with context as run:
+            if run is not None:
+                over_time.beside = run._resources.beside_bytes
             for step, tokens in enumerate(batches(config)):
                 step_start_s, cpu_start_s = time.perf_counter(), time.process_time()
                 loss = model(input_ids=tokens, labels=tokens).loss
@@ -170,8 +175,11 @@ def train(config: DemoConfig, emit: Any) -> None:
         train_s = time.perf_counter() - start_s
         peak_bytes = accounted.peak_bytes
     over_time.stop()
-    if run is not None and config.report_file is not None:
-        run.report().save(config.report_file)
+    if run is not None:
+        report = run.report()
+        peak_bytes = max(peak_bytes, report.measured.device_bytes or 0)
+        if config.report_file is not None:
+            report.save(config.report_file)
     emit(
         "end",
         train_s=train_s,
@@ -196,7 +204,14 @@ def main() -> None:
     def emit(event: str, **fields: Any) -> None:
         lines.write(json.dumps({"event": event, **fields}) + "\n")
 
-    train(DemoConfig(**json.loads(sys.argv[1])), emit)
+    try:
+        train(DemoConfig(**json.loads(sys.argv[1])), emit)
+    except (
+        memopt.ConfigError,
+        memopt.BudgetError,
+    ) as error:  # a budget that cannot be kept: a sentence, no traceback
+        emit("refused", message=str(error))
+        sys.exit(1)
 
 
 def command(config: DemoConfig) -> list[str]:

@@ -31,7 +31,7 @@ _MARKS = {
 }
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Show what this machine gives memopt.")
 @ssd_option("Several are looked at one by one.")
 @click.option("--quick", is_flag=True, help="Do not measure rates.")
 @click.option(

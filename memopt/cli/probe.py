@@ -32,7 +32,7 @@ def ssd_option(several: str) -> Callable[[FC], FC]:
     )
 
 
-@click.command("probe")
+@click.command("probe", short_help="Measure link and spill directories for sessions.")
 @ssd_option("Several are measured one by one, then together.")
 @click.option("--device", default=None, help="cuda, cuda:N or cpu; default: the first CUDA device.")
 @click.option(

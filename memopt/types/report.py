@@ -186,4 +186,7 @@ class RunReport:
             raise ConfigError(f"{path} is not a memopt report: {error}") from error
         if not isinstance(data, dict):
             raise ConfigError(f"{path} is not a memopt report: it holds a {type(data).__name__}")
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except ConfigError as error:
+            raise ConfigError(f"{path} is {error}; `run.report().save(path)` writes one") from error

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+import memopt
 from memopt.cli import demo as demo_module
 from memopt.cli import main
 from memopt.cli.demo_worker import DemoConfig, batches, training_text
@@ -114,6 +115,34 @@ def test_a_worker_that_fails_shows_its_own_words():
         click.ClickException, match=r"the plain run ended with status 1(.|\n)*multiple"
     ):
         demo_module.run_worker(bad, "plain", quiet())
+
+
+def test_a_budget_that_is_refused_is_one_sentence():
+    small = replace(SMALL, device_bytes=1 << 20)
+    with pytest.raises(
+        click.ClickException, match=r"^the memopt run was refused: the device budget"
+    ) as info:
+        demo_module.run_worker(small, "memopt", quiet())
+    assert "Traceback" not in info.value.message
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    ran = CliRunner().invoke(main, ["demo", "--output", str(tmp_path / "file/demo")])
+    assert ran.exit_code == 2
+    assert "Not a directory; name a directory that can be written" in ran.output
+
+
+def test_the_peak_is_the_reports_and_holds_the_staging_buffers(tmp_path):
+    """Buffers between tensors and SSD are no tensors, but memory that the budget bounds."""
+    file = tmp_path / "report.json"
+    config = replace(SMALL, device_bytes=60 << 20, ssd=f"{tmp_path}:1GiB", report_file=str(file))
+    figures = demo_module.run_worker(config, "memopt", quiet())
+    report = memopt.RunReport.load(file)
+    assert report.moved.ssd_write_bytes > 0
+    assert figures["accounted_peak_bytes"] == report.measured.device_bytes
+    tensors = max(sample[1] for sample in figures["samples"])
+    assert tensors >= 0.9 * figures["accounted_peak_bytes"]
 
 
 def test_both_runs_see_the_same_batches_of_the_standard_library():

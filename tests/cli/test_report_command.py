@@ -32,7 +32,7 @@ def test_json_is_the_report_and_nothing_else(saved):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "does not exist"), ("{}", "not a memopt report: format is None")],
+    [(None, "does not exist"), ("{}", "file.json is not a memopt report: format is None")],
 )
 def test_a_wrong_file_is_a_usage_error(tmp_path, text, message):
     file = tmp_path / "file.json"

@@ -400,6 +400,7 @@ def test_thawing_keeps_the_others_state():
         assert torch.equal(a, c)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch 2.11, whatever is asked for
 def test_sparse_and_complex_are_refused():
     p = torch.nn.Parameter(torch.randn(4, 3))
     optimizer = Frugal([p])
