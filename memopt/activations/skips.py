@@ -92,15 +92,13 @@ class RegionSkips:
 
     def conclude(self, frame: Frame, *, needed: bool) -> None:
         """Note the outcome of a rehearsal."""
-        names = ", ".join(sorted({self.hollow[p] for p, _ in _key(frame)}))
         if needed:
             self.refuted = True
+            names = ", ".join(sorted({self.hollow[p] for p, _ in _key(frame)}))
             self._notes[f"{names}: read by something that PyTorch does not see; run again"] = None
         else:
             self._proven.add(_key(frame))
-            self._notes[f"{names}: only stored ops read some outputs; those are not made again"] = (
-                None
-            )
+            self._notes["outputs that only stored ops read are not made again"] = None
 
 
 def _key(frame: Frame) -> tuple[Any, ...]:

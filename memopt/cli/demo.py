@@ -240,7 +240,7 @@ def loss_table(result: dict[str, Any]) -> Table:
     highest = max(result["plain"]["losses"])
     for step, pair in enumerate(pairs):
         cells = [
-            cell for loss in pair for cell in (f"{loss:.7f}", "#" * round(16 * loss / highest))
+            cell for loss in pair for cell in (f"{loss:.7f}", "#" * round(14 * loss / highest))
         ]
         table.add_row(str(step), *cells, "yes" if pair[0].hex() == pair[1].hex() else "NO")
     return table
