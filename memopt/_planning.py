@@ -9,19 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median_high
+from typing import Any
 
 from torch.nn import Module
 
 from memopt._resources import Resources
 from memopt.activations.clock import RegionClock
-from memopt.plan import predict, solve_greedy, uniform_plan
+from memopt.plan import predict, smallest_budget, solve_greedy, uniform_plan
 from memopt.trace.calibrate import recalibrated, with_micro_batches
 from memopt.types.budget import ResolvedBudget
-from memopt.types.errors import ConfigError
+from memopt.types.errors import BudgetError, ConfigError
 from memopt.types.hardware import Hardware
 from memopt.types.plan import Placement, Plan, Prediction, RegionPlan
+from memopt.types.sizes import format_bytes
 from memopt.types.trace import StepTrace
 
 _NONE_RAN = (
@@ -82,6 +85,8 @@ class Planner:
         self._micro_batches = [trace.num_micro_batches]
         """Of the steps that were looked at: the last of an epoch may have fewer than the others."""
         self._is_link_seen = False
+        self._excess_bytes = 0
+        """What a step held on the device beyond its plan's prediction, where that broke the budget."""
         self._probed: Hardware | None = resources.hardware() if trace.regions else None
         self._hardware = self._probed
 
@@ -91,19 +96,35 @@ class Planner:
             empty = self._asked if isinstance(self._asked, Plan) else Plan(solver="no regions")
             return replace(empty, notes=(*empty.notes, _NONE_RAN))
         if self._asked == "auto":
-            budget = self._resources.budget
-            return solve_greedy(
-                self.trace,
-                self._hardware,
-                device_bytes=budget.device_bytes,
-                host_bytes=usable_host_bytes(budget),
-                ssd_bytes=budget.ssd_bytes,
-                exact=self._exact,
-                staging_bytes=self._resources.staging_bytes or None,
-            )
+            return self._solve()
         asked = self._asked
         plan = asked if isinstance(asked, Plan) else uniform_plan(self.trace, asked)
         return self.with_prediction(plan)
+
+    def _solve(self) -> Plan:
+        """Solve for what the budget leaves when a surprise of an earlier step is set aside."""
+        assert self._hardware is not None
+        budget, excess = self._resources.budget, self._excess_bytes
+        room: dict[str, Any] = {
+            "host_bytes": usable_host_bytes(budget),
+            "ssd_bytes": budget.ssd_bytes,
+            "staging_bytes": self._resources.staging_bytes or None,
+        }
+        solve = partial(solve_greedy, self.trace, self._hardware, exact=self._exact, **room)
+        if not excess:
+            return solve(device_bytes=budget.device_bytes)
+        try:
+            plan = solve(device_bytes=budget.device_bytes - excess)
+            note = (
+                f"a step held {format_bytes(excess)} more than planned; now that much is set aside"
+            )
+        except BudgetError:
+            plan = solve(device_bytes=smallest_budget(self.trace, self._hardware, **room))
+            note = (
+                f"steps hold {format_bytes(excess)} more than planned, and no plan is that much smaller: the "
+                f"device budget of {format_bytes(budget.device_bytes)} is exceeded; raise it, or make the batch smaller"
+            )
+        return self.with_prediction(replace(plan, notes=(*plan.notes, note)))
 
     def with_prediction(self, plan: Plan) -> Plan:
         """Return `plan` with what is predicted of it now."""
@@ -111,9 +132,20 @@ class Planner:
 
     def _predict(self, plan: Plan) -> Prediction:
         assert self._hardware is not None
-        return predict(
+        predicted = predict(
             self.trace, plan, self._hardware, staging_bytes=self._resources.staging_bytes
         )
+        return replace(predicted, device_bytes=predicted.device_bytes + self._excess_bytes)
+
+    def sees_peak(self, plan: Plan, peak_bytes: int) -> bool:
+        """Note what a step under `plan` held; True where it broke the budget, and a new plan is due."""
+        if self._hardware is None or self._asked != "auto":
+            return False
+        excess = peak_bytes - (plan.predicted.device_bytes - self._excess_bytes)
+        if peak_bytes <= self._resources.budget.device_bytes or excess <= self._excess_bytes:
+            return False
+        self._excess_bytes = excess
+        return True
 
     def sees_gradients(self, grad_bytes: int) -> bool:
         """Note the gradients alive at a root forward; True where the plan counted on fewer."""

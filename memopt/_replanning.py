@@ -1,4 +1,4 @@
-"""When a session's plan changes: after the traced step, after a timed one, and when gradients stay.
+"""When a session's plan changes: after the traced step, after a timed one, when gradients stay, and over the budget.
 
 Plans switch only at a root forward without a live frame. A step is timed that began with its plan
 in force and no host memory being locked. The first such step gives a new plan. The second, which
@@ -62,6 +62,8 @@ class Replanning:
                 engine.notes[_WAITING] = None
             return
         stale = planner.sees_gradients(steps.grad_bytes())
+        if not steps.begun and steps.num_steps > self._first_step_of_plan > 0:
+            stale |= planner.sees_peak(engine.plan, steps.last_step_peak_bytes)
         if self._corrected:
             self._corrected = False
             if self._num_timed == 1:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from memopt._states import expected_grad_bytes, gradients, measure_states
 from memopt.activations.observe import RegionObserver
-from memopt.memory.meter import Meter
+from memopt.memory.meter import CpuMeter, Meter
 from memopt.trace.live import States, StepFigures, build_step_trace
 from memopt.types.trace import RegionTrace, StepTrace
 
@@ -49,6 +49,9 @@ class Steps:
         self.num_steps = 0
         self.first_step_s: float | None = None
         self.peak_bytes = 0
+        self.last_step_peak_bytes = 0
+        """Of the step that ended last, where the meter can tell single steps (on a CPU)."""
+        self._step_peak_bytes = 0
         self._states: States | None = None
         self._times: list[float] = []
         self._last_s = 0.0
@@ -141,8 +144,9 @@ class Steps:
             return
         self._spans.append((self._begin, self._end))
         self._note_writes()
-        self.num_steps += 1
         self.peak_bytes = max(self.peak_bytes, self._peak())
+        self.num_steps += 1
+        self.last_step_peak_bytes, self._step_peak_bytes = self._step_peak_bytes, 0
         self.figures = StepFigures()
         self.saw_backward = False
         self._begin = None
@@ -163,8 +167,11 @@ class Steps:
 
     def _peak(self) -> int:
         """Peak of the phase that ends; PyTorch's counters are reset in the traced step only."""
-        peak = self._meter.take_peak() if self.num_steps == 0 else self._meter.peak()
-        return peak + self._beside_bytes()
+        own = isinstance(self._meter, CpuMeter)
+        peak = self._meter.take_peak() if own or self.num_steps == 0 else self._meter.peak()
+        peak += self._beside_bytes()
+        self._step_peak_bytes = max(self._step_peak_bytes, peak if own else 0)
+        return peak
 
     # - Results
 

@@ -34,6 +34,9 @@ class Planner:
     def sees_gradients(self, grad_bytes: int) -> bool:
         return False
 
+    def sees_peak(self, plan: Plan, peak_bytes: int) -> bool:
+        return False
+
     def calibrate(self, plan: Plan, step_s: float, clock: Any) -> None:
         self.num_calibrated += 1
 
@@ -76,7 +79,11 @@ def test_a_third_plan_where_it_pays(third_s, ran, num_timed):
     replanning.begin(planner)
     for step in range(1, 14):
         steps: Any = SimpleNamespace(
-            num_steps=step, begun=False, grad_bytes=lambda: 0, last_step_s=lambda: 1.0
+            num_steps=step,
+            begun=False,
+            grad_bytes=lambda: 0,
+            last_step_s=lambda: 1.0,
+            last_step_peak_bytes=0,
         )
         replanning.at_root(engine, resources, steps)
     assert engine.ran == ran
