@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.utils.checkpoint import _StopRecomputationError
 
-from memopt.activations.frame import Frame, InputSlot, RngState, swap_in, swap_out
+from memopt.activations.frame import Frame, RngState, swap_in, swap_out
 from memopt.activations.modes import RecomputeMode
-from memopt.activations.surroundings import Undo, undo_all
+from memopt.activations.put_back import Undo, undo_all
 
 if TYPE_CHECKING:
     from memopt.activations.skips import Rehearsal
@@ -94,12 +94,7 @@ class RecomputeContext:
         frame.check_weights()
         frame.check_buffers()
         self._host.recompute_begins(frame)
-        frame.landed.append(
-            [
-                slot.land(frame.name) if isinstance(slot, InputSlot) else slot
-                for slot in frame.inputs
-            ]
-        )
+        frame.land()
         outer = RngState.capture(self._host.device)
         frame.rng.restore()
         skip = frame.skips is not None and frame.skips.is_proven(frame)
@@ -112,7 +107,7 @@ class RecomputeContext:
         self._entries.append(entry)
         frame.swap_weights(entry.undo)
         try:
-            frame.surroundings.swap_in(entry.undo)
+            frame.swap_surroundings(entry.undo)
         except BaseException:
             self._restore(self._entries.pop())
             raise
@@ -127,7 +122,7 @@ class RecomputeContext:
                 raise
             frame.swap_buffers()
             frame.swap_weights(entry.undo)
-            frame.surroundings.swap_in(entry.undo)
+            frame.swap_surroundings(entry.undo)
             frame.rng.restore()
             entry.rehearsal.watch()
         mode.__enter__()

@@ -217,7 +217,8 @@ class ActivationEngine:
         frame.call = call
         written = self.written_inputs.get(name, frozenset())
         frame.pre_images.extend(PreImage(leaves[i]) for i in written)
-        frame.inputs = [self._slot(v, plan, name, i in written) for i, v in enumerate(leaves)]
+        taken = frame.surroundings.take_arguments(leaves)
+        frame.inputs = [self._slot(v, plan, name, i in written) for i, v in enumerate(taken)]
         try:
             out = checkpoint(
                 body,

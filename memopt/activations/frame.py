@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn import Module
 
+from memopt.activations.put_back import ABSENT, Node, Putter, Undo
 from memopt.activations.stored import Hollow, Stored
-from memopt.activations.surroundings import Surroundings, Undo
+from memopt.activations.surroundings import Surroundings
 from memopt.activations.tensors import graph_input, is_plain, storage_key, version_of
 from memopt.activations.witness import Witness
 from memopt.types.errors import RecomputeMismatchError
@@ -321,6 +322,20 @@ class Frame:
             if now is not weight.tensor:
                 undo.append(partial(_set_weight, parameters, weight.name, now))
                 _set_weight(parameters, weight.name, weight.tensor)
+
+    def land(self) -> None:
+        """Bring the arguments back, but for the objects among them."""
+        self.landed.append(
+            [s.land(self.name) if isinstance(s, InputSlot) else s for s in self.inputs]
+        )
+
+    def swap_surroundings(self, undo: Undo) -> None:
+        """Put the Python state that the forward began with in place, the arguments' too."""
+        putter: Putter = self.surroundings.swap_in(undo)
+        values = self.landed[-1]
+        for index, slot in enumerate(self.inputs):
+            if isinstance(slot, Node):
+                values[index] = putter.put(slot, ABSENT)
 
     def watch(self) -> None:
         """Have the ops of this call witnessed (witness.py)."""

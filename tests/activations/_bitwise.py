@@ -396,6 +396,15 @@ def notes_of(run: Any) -> str:
     return "\n".join(str(n) for n in run.report().notes).lower()
 
 
+class Tally:
+    """A list that recomputations add to as well: memopt puts back what it can, and does not look behind `__slots__`."""
+
+    __slots__ = ("items",)
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+
+
 class Executed(TorchDispatchMode):
     """Counts the ops that are really executed: memopt's modes lie above it and answer without it."""
 

@@ -48,7 +48,6 @@ class Interrupting(Net):
     """Raises at a chosen place: in a region's forward, outside, in recomputation."""
 
     where = ""
-    calls = 0
 
     def forward(self, x):
         h = self.inp(x)
@@ -59,17 +58,26 @@ class Interrupting(Net):
         return self.out(h)
 
 
+class Calls:
+    """How often `Raises` was called, recomputations included: memopt does not put back what is behind `__slots__`."""
+
+    __slots__ = ("num",)
+
+
+CALLS = Calls()
+CALLS.num = 0
+
+
 class Raises(NativeDropout):
     """Counts its calls in one step and raises at the chosen one."""
 
     at = -1
-    calls = 0
     error: type[BaseException] = KeyboardInterrupt
 
     def forward(self, x):
-        Raises.calls += 1
+        CALLS.num += 1
         h = torch.sin(self.a(x))
-        if 0 < Raises.at <= Raises.calls:
+        if 0 < Raises.at <= CALLS.num:
             raise Raises.error
         return super().forward(h)
 
@@ -90,14 +98,14 @@ def test_an_exception_in_any_phase_leaves_the_next_step_exact(at, error, plan):
     """
 
     def step(model, i):
-        Raises.calls, Raises.at, Raises.error = 0, -1, error
+        CALLS.num, Raises.at, Raises.error = 0, -1, error
         if i in (1, 2):
             state = torch.get_rng_state()
             Raises.at = at if guarded else -1
             if guarded:
                 with pytest.raises(error):
                     simple_step(model, i)
-                Raises.calls, Raises.at = 0, -1
+                CALLS.num, Raises.at = 0, -1
             model.zero_grad()
             torch.set_rng_state(state)
         return simple_step(model, i)
@@ -129,7 +137,7 @@ def test_an_exception_leaves_nothing_behind(phase, plan):
     torch.manual_seed(0)
     model = Interrupting(Raises).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    Raises.calls, Raises.at, Raises.error = 0, -1, KeyboardInterrupt
+    CALLS.num, Raises.at, Raises.error = 0, -1, KeyboardInterrupt
     Interrupting.where = ""
     plan = plan_for(RAISING, plan)
     traces = Traces(model)
@@ -139,7 +147,7 @@ def test_an_exception_leaves_nothing_behind(phase, plan):
         started(model, path, optimizer, plan=plan, regions=["layers"]),
     ):
         for i in range(3):
-            Raises.calls = 0
+            CALLS.num = 0
             late = i == 2 or phase == "first step"
             Raises.at = (
                 {"first step": 5, "forward": 2, "recomputation": 5}.get(phase, -1) if late else -1
@@ -160,7 +168,7 @@ def test_an_exception_leaves_nothing_behind(phase, plan):
     Interrupting.where = ""
     with spill_directory() as path, started(model, path, plan=plan, regions=["layers"]):
         for i in range(2):
-            Raises.calls = 0
+            CALLS.num = 0
             simple_step(model, i)
 
 

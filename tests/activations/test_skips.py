@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from _bitwise import Program, compare, plain_run, plan_for, run_memopt, spill_directory
+from _bitwise import Program, Tally, compare, plain_run, plan_for, run_memopt, spill_directory
 from _traps import ROWS, WIDTH, Net, batch, simple_step
 from hypothesis import given
 from hypothesis import strategies as st
@@ -217,12 +217,12 @@ def test_a_recompute_that_an_error_ended_proves_nothing():
         def forward(self, x):
             x = torch.sin(x)
             if failing and torch._C._current_graph_task_id() != -1:
-                calls.append(1)
-                if len(calls) % 2 == 0:  # the recompute behind each rehearsal
+                calls.items.append(1)
+                if len(calls.items) % 2 == 0:  # the recompute behind each rehearsal
                     raise KeyError("here")
             return super().forward(x)
 
-    failing, calls = False, []
+    failing, calls = False, Tally()
     program = program_of(Fails)
     plan = keeping(program, "softmax")
     model = program.build().train()
@@ -231,7 +231,7 @@ def test_a_recompute_that_an_error_ended_proves_nothing():
     failing = True
     with pytest.raises(KeyError, match="here"):
         simple_step(model, 1)
-    assert len(calls) == 2
+    assert len(calls.items) == 2
     assert not any(s._proven or s.refuted for s in run._engine._skips.values())
     failing = False
     model.zero_grad()
@@ -241,11 +241,11 @@ def test_a_recompute_that_an_error_ended_proves_nothing():
 
 
 def test_the_rehearsal_runs_once_per_region_and_plan():
-    calls = []
+    calls = Tally()
 
     class Counted(Chain):
         def forward(self, x):
-            calls.append(torch._C._current_graph_task_id() != -1)
+            calls.items.append(torch._C._current_graph_task_id() != -1)
             return super().forward(x)
 
     program = program_of(Counted)
@@ -254,9 +254,9 @@ def test_the_rehearsal_runs_once_per_region_and_plan():
     run = memopt.start(model, regions=["layers"], plan=plan)
     in_backward = []
     for step in range(8):
-        calls.clear()
+        calls.items.clear()
         simple_step(model, step)
-        in_backward.append(sum(calls))
+        in_backward.append(sum(calls.items))
     run.stop()
     assert in_backward[0] == 3
     assert in_backward[1] == 6, "a rehearsal and the recompute"

@@ -9,6 +9,7 @@ import torch
 from _bitwise import (
     Executed,
     Program,
+    Tally,
     assert_bitwise,
     compare,
     notes_of,
@@ -150,11 +151,11 @@ def test_hooks_on_the_region_itself_fire_once():
 
 def test_frozen_regions_are_not_recomputed_and_store_nothing():
     """No gradient goes into the first two regions: their forward runs once, and nothing of it is kept."""
-    calls = []
+    calls = Tally()
 
     class Counted(Sines):
         def forward(self, x):
-            calls.append(1)
+            calls.items.append(1)
             return super().forward(x)
 
     def build():
@@ -167,10 +168,10 @@ def test_frozen_regions_are_not_recomputed_and_store_nothing():
     plain_run(program)
     for placement in ("recompute", "kept", "ssd"):
         plan = plan_for(program, placement)
-        calls.clear()
+        calls.items.clear()
         record = run_memopt(program, plan)
         compare(plain_run(program), record)
-        assert len(calls) == 3 * (2 + 2), (
+        assert len(calls.items) == 3 * (2 + 2), (
             f"{placement}: regions 0 and 1 run once a step, region 2 twice"
         )
         stored = [
@@ -267,20 +268,23 @@ def test_the_models_own_checkpointing_is_taken_over_or_refused_with_the_remedy(
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         return model
 
-    calls = []
+    calls = Tally()
 
     def step(model, i):
-        calls.clear()
-        handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        calls.items.clear()
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(
+            lambda *_: calls.items.append(1)
+        )
         loss = program.step(model, i)
         handle.remove()
         return loss
 
     own = Program(build=build, step=step)
+    plain = plain_run(own)  # before: it counts as well
     try:
         record = run_memopt(own, plan_for(own, placement))
     except memopt.ConfigError as error:
         assert "gradient_checkpointing_disable" in str(error)  # noqa: PT017 -- one of two right ways
         return
-    compare(plain_run(own), record)
-    assert len(calls) == 2, "taken over, never doubled: one forward and one recomputation"
+    compare(plain, record)
+    assert len(calls.items) == 2, "taken over, never doubled: one forward and one recomputation"

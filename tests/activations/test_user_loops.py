@@ -116,6 +116,8 @@ def test_odd_tensors(kind, placement):
         loss.backward()
         return loss
 
+    if kind == "nested" and placement.startswith("mix"):
+        pytest.skip("nothing of a nested tensor may be placed")
     assert_bitwise(program(lambda: OddNet(Odd), step, num_steps=4), placement)
 
 

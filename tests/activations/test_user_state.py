@@ -11,7 +11,6 @@ import pytest
 import torch
 from _bitwise import (
     assert_bitwise,
-    plain_run,
     run_memopt,
 )
 from _models import ids, lora, model_program
@@ -261,7 +260,7 @@ def test_state_cached_parametrizations_and_default_dtype(placement):
     assert_bitwise(program(Parametrized, step), placement)
 
 
-# ----------------------------------------------------------------------------- what cannot be put back is refused
+# ----------------------------------------------------------------- state outside of modules (test_put_back.py has more)
 OUTSIDE: dict = {}
 
 
@@ -270,45 +269,74 @@ class ReadsGlobal(Block):
         return x + self.b(torch.tanh(self.a(x) * OUTSIDE["what"]))
 
 
-@EACH
-@pytest.mark.parametrize("kind", ["number", "tensor", "in-place"])
-def test_a_global_that_changed_before_backward_is_refused(kind, placement):
-    def value(k):
-        return k if kind == "number" else torch.full((WIDTH,), k)
-
+def _changing(value, change):
     def step(model, i):
         OUTSIDE["what"] = value(2.0)
         loss = model(batch(i)).square().mean()
-        if kind == "in-place":
-            with torch.no_grad():
-                OUTSIDE["what"].set_(value(5.0))  # no version that the multiplication would miss
-        else:
-            OUTSIDE["what"] = value(5.0)
+        change(value(5.0))
         loss.backward()
-        return loss
+        return loss, OUTSIDE["what"]
 
-    changed = program(ReadsGlobal, step)
-    if kind != "in-place":
-        plain_run(changed)
+    return program(ReadsGlobal, step)
+
+
+@EACH
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_a_global_that_changed_before_backward(kind, placement):
+    value = float if kind == "number" else lambda k: torch.full((WIDTH,), k)
+    assert_bitwise(_changing(value, lambda new: OUTSIDE.update(what=new)), placement)
+
+
+@EACH
+def test_a_global_tensor_that_was_written_before_backward_is_refused(placement):
+    def change(new):
+        with torch.no_grad():
+            OUTSIDE["what"].set_(new)  # no version that the multiplication would miss
+
+    changed = _changing(lambda k: torch.full((WIDTH,), k), change)
     with pytest.raises((memopt.MemoptError, RuntimeError)):
         run_memopt(changed, placement if placement in ("recompute", "ssd") else "recompute")
 
 
-def test_an_object_shared_by_the_calls_is_refused_where_it_changed():
-    class Context:
-        number = 0
+class Context:
+    number = 0
 
-    class Numbered(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            h, context = self.inp(x), Context()
-            for layer in self.layers:
-                context.number += 1
-                h = layer(h, context)
-            return self.out(h)
 
-    class Reads(Block):
-        def forward(self, x: Tensor, context: Context) -> Tensor:
-            return x + self.b(torch.tanh(self.a(x) * context.number))
+class Slots:
+    __slots__ = ("number",)
+
+    def __init__(self) -> None:
+        self.number = 0
+
+
+class Numbered(Net):
+    """Counts in an object that it gives to every block."""
+
+    context: type = Context
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, context = self.inp(x), self.context()
+        for layer in self.layers:
+            context.number += 1
+            h = layer(h, context)
+        return self.out(h)
+
+
+class ReadsContext(Block):
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return x + self.b(torch.tanh(self.a(x) * context.number))
+
+
+@EACH
+def test_an_object_shared_by_the_calls(placement):
+    assert_bitwise(program(lambda: Numbered(ReadsContext)), placement)
+
+
+def test_what_cannot_be_put_back_is_refused_where_it_changed():
+    """An object without a dictionary of attributes."""
+
+    class WithSlots(Numbered):
+        context = Slots
 
     with pytest.raises(memopt.MemoptError, match="changed between"):
-        run_memopt(program(lambda: Numbered(Reads)), "recompute")
+        run_memopt(program(lambda: WithSlots(ReadsContext)), "recompute")
