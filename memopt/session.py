@@ -340,6 +340,7 @@ class Session:
             self._observer = engine.observer = None
             engine.fragile = observer.fragile()
             engine.written_inputs = observer.written_inputs()
+            engine.written_buffers = observer.written_buffers()
             engine.readers = observer.readers()
             trace = self._steps.trace(observer, resources.device.type)
             planner = Planner(trace, self._asked_plan, resources, exact=self.settings.exact)

@@ -64,6 +64,7 @@ class ForwardContext:
         mode.__exit__(exc_type, exc, traceback)
         self._frame.complete()
         self._host.forward_ended(self._frame, mode)
+        self._frame.watch_weights()
 
 
 class _Entry:

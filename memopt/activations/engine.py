@@ -81,6 +81,7 @@ class ActivationEngine:
         self.readers: dict[str, Readers] = {}
         self._skips: dict[str, RegionSkips] = {}
         self.written_inputs: dict[str, frozenset[int]] = {}
+        self.written_buffers: dict[str, frozenset[int]] = {}
         self._changing: set[str] = set()
         self._op_lists: dict[str, list[Any]] = {}
         self.notes: dict[str, None] = {}
@@ -193,10 +194,23 @@ class ActivationEngine:
             return caches.given_to(patch.plain)(*args, **kwargs)
         frame = Frame(name, patch.module, RngState.capture(self.device))
         self._enter(frame)
+        written = self.written_inputs.get(name, frozenset())
+        frame.pre_images.extend(PreImage(leaves[i]) for i in written)
+        frame.keep_buffers(self.written_buffers.get(name, frozenset()))
         frame.call_args = leaves
-        whole = [(args, kwargs)]  # the caller's own lists: a region may add to them
+        taken = frame.surroundings.take_arguments(leaves)
+        frame.inputs = [self._slot(v, plan, name, i in written) for i, v in enumerate(taken)]
+        try:
+            return self._checkpointed(frame, caches.given_to(patch.plain), (args, kwargs), spec)
+        finally:
+            frame.call_args = None
+
+    def _checkpointed(
+        self, frame: Frame, plain: Callable[..., Any], arguments: tuple[Any, Any], spec: Any
+    ) -> Any:
+        """Run a region; `arguments` flattened are `spec`. The frame must be held by nothing but the graph."""
+        whole = [arguments]  # the caller's own lists: a region may add to them
         failed: list[BaseException] = []
-        plain = caches.given_to(patch.plain)
 
         def call(values: list[Any]) -> Any:  # knows nothing of the frame, which holds it
             call_args, call_kwargs = pytree.tree_unflatten(values, spec)
@@ -215,10 +229,6 @@ class ActivationEngine:
                 return None
 
         frame.call = call
-        written = self.written_inputs.get(name, frozenset())
-        frame.pre_images.extend(PreImage(leaves[i]) for i in written)
-        taken = frame.surroundings.take_arguments(leaves)
-        frame.inputs = [self._slot(v, plan, name, i in written) for i, v in enumerate(taken)]
         try:
             out = checkpoint(
                 body,
@@ -228,7 +238,6 @@ class ActivationEngine:
                 context_fn=lambda: (ForwardContext(frame, self), RecomputeContext(frame, self)),
             )
         finally:
-            frame.call_args = None
             whole.clear()
         if failed:
             raise failed.pop()

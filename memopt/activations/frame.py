@@ -18,11 +18,19 @@ import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn import Module
+from torch.utils._python_dispatch import _disable_current_modes
 
 from memopt.activations.put_back import ABSENT, Node, Putter, Undo
 from memopt.activations.stored import Hollow, Stored
 from memopt.activations.surroundings import Surroundings
-from memopt.activations.tensors import graph_input, is_plain, storage_key, version_of
+from memopt.activations.tensors import (
+    digest,
+    graph_input,
+    is_dense,
+    is_plain,
+    storage_key,
+    version_of,
+)
 from memopt.activations.witness import Witness
 from memopt.types.errors import RecomputeMismatchError
 
@@ -172,14 +180,30 @@ class InputSlot:
 class Weight:
     """A parameter that a region's forward began with."""
 
-    __slots__ = ("address", "name", "owner", "tensor", "version")
+    __slots__ = ("address", "name", "owner", "tensor", "value", "version")
 
     def __init__(self, owner: Module, name: str, tensor: Tensor) -> None:
+        self.value: Tensor | None = None
+        """A digest, where the forward is witnessed: `.data` and numpy write without a new version."""
         self.owner = owner
         self.name = name
         self.tensor = tensor
         self.version = version_of(tensor)
         self.address = tensor.data_ptr() if is_plain(tensor) else 0
+
+    def note_value(self) -> None:
+        """Take a digest, where there are bytes to take it of; it is no tensor of the step's."""
+        if self.address and is_dense(self.tensor) and not hasattr(self.tensor, "ds_id"):
+            with _disable_current_modes():
+                self.value = digest(self.tensor)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it was written since its version, or its digest, was noted."""
+        if version_of(self.tensor) != self.version:
+            return True
+        with _disable_current_modes():
+            return self.value is not None and not torch.equal(digest(self.tensor), self.value)
 
     @property
     def is_replaced(self) -> bool:
@@ -223,7 +247,8 @@ class Frame:
     __slots__ = (
         "__weakref__", "answers", "buffer_versions", "buffers", "call", "call_args", "completed",
         "generators", "inputs", "landed", "module", "name", "ops", "pre_images", "previous",
-        "replaced", "rng", "skips", "surroundings", "weights", "witness",
+        "replaced", "rng", "skips", "surroundings", "unseen", "weights",
+        "witness",
     )  # fmt: skip
 
     def __init__(self, name: str, module: torch.nn.Module, rng: RngState) -> None:
@@ -239,6 +264,8 @@ class Frame:
         modules = list(module.modules())
         self.weights = _weights_of(modules)
         self.replaced: Weight | None = None
+        self.unseen: Weight | None = None
+        """A weight that the forward wrote and no op showed."""
         self.buffers = _buffers_of(modules)
         self.buffer_versions: list[int] = []
         self.generators: dict[torch.Generator, Tensor] = {}
@@ -287,6 +314,12 @@ class Frame:
                     "a new tensor instead of writing into it, or call backward first"
                 )
 
+    def keep_buffers(self, indices: frozenset[int]) -> None:
+        """Keep what these buffers are now: the forward will write to them unseen."""
+        for index in indices:
+            if index < len(self.buffers):
+                self.pre_images.append(PreImage(self.buffers[index][2]))
+
     def swap_buffers(self) -> list[tuple[Module, str, Any]]:
         """Put the buffers that the forward began with in place; return what stood there."""
         later = [(m, n, m._buffers.get(n)) for m, n, _ in self.buffers]
@@ -302,8 +335,15 @@ class Frame:
                 "(`.data = ...`), so the recomputation would start from other values; write into "
                 "it instead (with torch.no_grad(): weight.copy_(...))"
             )
+        if self.unseen is not None:
+            raise RecomputeMismatchError(
+                f"the forward of region {self.name!r} wrote to {self._name(self.unseen)} in a way that "
+                "PyTorch does not see (numpy, a Triton kernel), so the recomputation would start from "
+                "other values; write with PyTorch (with torch.no_grad(): weight.mul_(...)), or leave the "
+                "region out with regions="
+            )
         for weight in self.weights:
-            if version_of(weight.tensor) != weight.version:
+            if weight.is_changed:
                 raise RecomputeMismatchError(
                     f"{self._name(weight)} of region {self.name!r} was modified in place between forward "
                     "and backward, so the recomputation would use other weights; call backward "
@@ -343,6 +383,22 @@ class Frame:
         states = (*(w.tensor for w in self.weights), *(b for _, _, b in self.buffers))
         known.update(storage_key(t) for t in states if is_plain(t))
         self.witness = Witness(known)
+        for weight in self.weights:
+            weight.note_value()
+
+    def watch_weights(self) -> None:
+        """The witnessed forward is over: find weights that it wrote unseen, and take the others down as they are."""
+        if self.witness is None:
+            return
+        written = {storage_key(image.target) for image in self.pre_images}
+        for weight in self.weights:
+            if weight.value is None or weight.is_replaced:
+                continue
+            before = weight.value
+            weight.note_value()
+            seen = storage_key(weight.tensor) in written
+            if not (seen or torch.equal(before, weight.value)):
+                self.unseen = weight
 
     def waiting(self) -> list[Stored]:
         """Everything stored, in the order in which recomputation asks for it."""

@@ -124,6 +124,12 @@ class RegionObserver:
             r.name: frozenset(r.written_inputs) for r in self.records.values() if r.written_inputs
         }
 
+    def written_buffers(self) -> dict[str, frozenset[int]]:
+        """Buffers per region, by place among its modules' buffers, that it writes unseen."""
+        return {
+            r.name: frozenset(r.written_buffers) for r in self.records.values() if r.written_buffers
+        }
+
     def region_traces(self) -> tuple[RegionTrace, ...]:
         """Return what was recorded, in forward order."""
         users: dict[int, int] = {}

@@ -84,6 +84,7 @@ class Record:
     has_unseen_kernel: bool = False
     fragile: set[int] = field(default_factory=set)
     written_inputs: set[int] = field(default_factory=set)
+    written_buffers: set[int] = field(default_factory=set)
 
 
 class Tracing(Protocol):
@@ -104,7 +105,8 @@ class ObservedMode(ForwardMode):
         self._births: dict[int, _Birth] = {}
         self._suspects: list[tuple[Op, Tensor]] = []
         self._hooks: Any = None
-        self._inputs: list[tuple[int, PreImage]] = []
+        self._inputs: list[tuple[set[int], int, PreImage]] = []
+        """What numbered arguments and buffers are before the forward; where to note those that changed."""
         self.cloned_bytes = 0
         self._hidden: dict[int, weakref.ref[Any]] = {}
         self._known: set[int] = set()
@@ -112,8 +114,15 @@ class ObservedMode(ForwardMode):
     def __enter__(self) -> ObservedMode:
         """Push the mode and a pack hook in front of the checkpoint's."""
         leaves = self.frame.call_args or []
-        self._inputs = [(i, PreImage(t)) for i, t in enumerate(leaves) if _may_be_written(t)]
-        self.cloned_bytes = sum(nbytes_of(image.before) for _, image in self._inputs)
+        buffers = [buffer for _, _, buffer in self.frame.buffers]
+        notes = (self.record.written_inputs, leaves), (self.record.written_buffers, buffers)
+        self._inputs = [
+            (written, i, PreImage(t))
+            for written, tensors in notes
+            for i, t in enumerate(tensors)
+            if _may_be_written(t)
+        ]
+        self.cloned_bytes = sum(nbytes_of(image.before) for _, _, image in self._inputs)
         self._observer.tracing_bytes += self.cloned_bytes
         states = (*self.frame.module.parameters(), *self.frame.module.buffers())
         self._known = {storage_key(t) for t in tensors_in((leaves, states)) if is_plain(t)}
@@ -257,14 +266,14 @@ class ObservedMode(ForwardMode):
         self._settle_inputs()
 
     def _settle_inputs(self) -> None:
-        """Find arguments that changed without a visible write; recompute from their pre-image."""
+        """Find what changed without a visible write; recompute from its pre-image."""
         seen = {storage_key(image.target) for image in self.frame.pre_images}
-        for index, image in self._inputs:
+        for written, index, image in self._inputs:
             if storage_key(image.target) in seen or not is_dense(image.target):
                 continue
             if not torch.equal(digest(image.target), digest(image.before)):
                 self.frame.pre_images.append(image)
-                self.record.written_inputs.add(index)
+                written.add(index)
         self._inputs = []
         self._observer.tracing_bytes -= self.cloned_bytes
 

@@ -36,7 +36,7 @@ class Witness:
 
     def __init__(self, known: set[int]) -> None:
         self._known = known
-        self._seen: list[tuple[list[Any], dict[int, tuple[Tensor, int]]]] = []
+        self._seen: list[tuple[list[Any], dict[int, tuple[Tensor, int, Tensor | None]]]] = []
 
     def see(self, args: tuple[Any, ...], kwargs: Any, born: set[int]) -> None:
         """Note an op of the forward, before it runs."""
@@ -50,7 +50,7 @@ class Witness:
             key = storage_key(tensor)
             if key not in born and key not in self._known:
                 alias = shared_alias(tensor)
-                foreign[index] = alias, version_of(alias)
+                foreign[index] = alias, version_of(alias), _digest_of(alias)
         self._seen.append((plain, foreign))
 
     def change(self, position: int, args: tuple[Any, ...], kwargs: Any, own: set[int]) -> str:
@@ -71,10 +71,10 @@ class Witness:
         for old, new in zip(before, plain, strict=False):
             if type(old) is not type(new) or (old != new and (old == old or new == new)):  # noqa: PLR0124 - NaN
                 return f"got {new!r} where the forward had {old!r}"
-        for index, (alias, version) in foreign.items():
+        for index, (alias, version, value) in foreign.items():
             if index >= len(tensors) or storage_key(alias) in own:
                 continue
-            if not _same(alias, version, tensors[index]):
+            if not _same(alias, version, value, tensors[index]):
                 return (
                     f"got another tensor of shape {tuple(tensors[index].shape)} than the forward, "
                     "which is no argument, weight or buffer of the region"
@@ -82,9 +82,18 @@ class Witness:
         return ""
 
 
-def _same(before: Tensor, version: int, now: Tensor) -> bool:
+def _digest_of(tensor: Tensor) -> Tensor | None:
+    """Return a digest where it can be had without a copy: numpy and `.data` write without a new version."""
+    with _disable_current_modes():
+        return digest(tensor) if is_dense(tensor) else None
+
+
+def _same(before: Tensor, version: int, value: Tensor | None, now: Tensor) -> bool:
     if version_of(before) != version:
         return False
+    with _disable_current_modes():
+        if value is not None and not torch.equal(digest(before), value):
+            return False
     if not is_plain(now) or (before.shape, before.dtype) != (now.shape, now.dtype):
         return False
     if before.data_ptr() == now.data_ptr() and before.stride() == now.stride():
