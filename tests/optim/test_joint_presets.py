@@ -124,6 +124,13 @@ def test_apollo(mini):
     assert state["basis"].shape == ((1, 8) if mini else (RANK, 8))
 
 
+def test_apollos_published_scales():
+    weight = nn.Parameter(torch.zeros(4, 3))
+    for settings, alpha in (({}, 1.0), ({"mini": True}, 128**0.5), ({"mini": True, "alpha": 2}, 2)):
+        optimizer = apollo([weight], **settings)
+        assert optimizer.param_groups[0]["state_full_lr_scale"] == alpha
+
+
 def test_projection_has_the_papers_variance():
     weight = nn.Parameter(torch.zeros(400, 300))
     weight.grad = torch.randn(400, 300)

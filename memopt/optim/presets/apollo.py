@@ -7,8 +7,8 @@
 
 APOLLO scales by channel; APOLLO-Mini (`mini=True`) has rank 1 and one factor for the whole matrix.
 Only the factors come from the subspace, so P needs no orthogonal rows. The paper draws P anew from its
-seed in every step and keeps no matrix; here it is kept (rank x n numbers). Its alpha is 1 for
-APOLLO and sqrt(n / 4) up to 128 for Mini, by model width: say it.
+seed in every step and keeps no matrix; here it is kept (rank x n numbers). Its published code takes
+alpha = 1 for APOLLO and sqrt(128) for Mini, and tries up to sqrt(3) and sqrt(384) for longer contexts.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from memopt.optim.rules.joint import (
 )
 from memopt.optim.selections import Choice, register_selection
 from memopt.optim.selections.lowrank import LowRank
+
+MINI_ALPHA = 128**0.5
 
 
 class GaussianProjection(LowRank):
@@ -99,7 +101,7 @@ def apollo(
     rank: int | None = None,
     mini: bool = False,
     update_gap: int = 200,
-    alpha: float = 1.0,
+    alpha: float | None = None,
     **settings: Any,
 ) -> Frugal:
     """Return APOLLO, or APOLLO-Mini, over the groups of `frugal_groups`; other groups are AdamW.
@@ -110,13 +112,15 @@ def apollo(
         rank: the same for all matrices; None takes `density` of the groups, or 1 for Mini.
         mini: one factor a matrix.
         update_gap: steps between draws of the projection.
-        alpha: scale of the update.
+        alpha: scale of the update; None takes 1, or sqrt(128) for Mini.
         **settings: further arguments of `Frugal`.
 
     Raises:
         ValueError: for a rank of a matrix's shorter side or more.
     """
     rule = ApolloMiniRule.name if mini else ApolloRule.name
+    if alpha is None:
+        alpha = MINI_ALPHA if mini else 1.0
     chosen = [
         {**group, "state_full": rule} if group.get("split", True) else group
         for group in with_rank(groups, 1 if mini and rank is None else rank)
