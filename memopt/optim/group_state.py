@@ -30,7 +30,7 @@ from memopt.optim.bucket import (
 from memopt.optim.rules import JointRule, state_full_rule
 from memopt.optim.settings import FIXED, Settings
 from memopt.optim.sharding import check_shards, fit_slice
-from memopt.optim.tensors import local_part
+from memopt.optim.tensors import local_part, share
 
 CLOCK: dict[str, Any] = {
     "calls": 0,
@@ -94,7 +94,7 @@ class GroupState:
         for number, bucket in enumerate(self.buckets):
             bucket.number = number
         check_shards(group, self.buckets)
-        self._warn_of_one_flat_tensor(settings)
+        self._warn_of_blocks_without_state(settings)
         self.home = {e.param: (b, i) for b in self.buckets for i, e in enumerate(b.entries)}
         self.stepped: set[Tensor] = set()
         self._fixed = {name: group[name] for name in FIXED}
@@ -102,15 +102,24 @@ class GroupState:
         self.open = False
         self._publish()
 
-    def _warn_of_one_flat_tensor(self, settings: Settings) -> None:
-        """Say that blocks of one flat tensor (ZeRO's partition) are always its beginning."""
+    def _warn_of_blocks_without_state(self, settings: Settings) -> None:
+        """Say where most of what blocks choose from could never have state.
+
+        A tensor larger than the budget gives its first rows whenever it is drawn; a flat partition
+        (ZeRO's) is the extreme: one tensor, whose beginning would have the state in every round.
+        """
+        density = settings.largest_density
         for bucket in self.buckets:
-            alone = bucket.pooled and len(bucket.entries) == 1 and bucket.entries[0].vector
-            if alone and settings.split and 0.0 < settings.largest_density < 1.0:
+            sizes = [entry.global_size for entry in bucket.entries]
+            budget = share(density, sum(sizes))
+            never = sum(max(0, size - budget) for size in sizes)
+            if bucket.pooled and budget and never > sum(sizes) // 2:
                 warnings.warn(
-                    f"selection='blocks' chooses among tensors, and {bucket.entries[0].name!r} is the"
-                    " only one of its group: its first elements would have the state in every round."
-                    " Use selection='coordinates' for flat tensors",
+                    f"selection='blocks' chooses whole tensors, up to {budget} elements here, and"
+                    f" {sum(size > budget for size in sizes)} of {len(sizes)} tensors are larger"
+                    f" (such as {bucket.entries[sizes.index(max(sizes))].name!r}): their first rows"
+                    f" alone would have state, {never / sum(sizes):.0%} of all elements never."
+                    " Use selection='columns', 'rows' or 'coordinates', or a higher density",
                     stacklevel=2,
                 )
 

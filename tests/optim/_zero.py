@@ -62,7 +62,7 @@ def train(engine, numbers):
 SETTINGS = {"full": "adamw", "free": "sign", "lr": LR, "wd": 0.1, "free_scale": 1.0,
             "full_scale": 1.0, "betas": (0.9, 0.999), "eps": 1e-8}  # fmt: skip
 SHOW = warnings.showwarning
-warnings.filterwarnings("always", message=".*chooses among tensors")  # in each case, not once
+warnings.filterwarnings("always", message=".*chooses whole tensors")  # in each case, not once
 
 
 def run(stage, selection):
@@ -72,7 +72,7 @@ def run(stage, selection):
     warned = []
     warnings.showwarning = lambda message, *more, **most: (
         warned.append(str(message))
-        if "chooses among tensors" in str(message)
+        if "chooses whole tensors" in str(message)
         else SHOW(message, *more, **most)
     )
     for step in range(7):

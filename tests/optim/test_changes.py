@@ -25,7 +25,7 @@ def test_a_group_after_a_removed_one_has_its_own_settings_and_state():
     torch.manual_seed(0)
     first, second, third = (nn.Parameter(torch.randn(6, 6)) for _ in range(3))
     groups = [{"params": [first]}, {"params": [second], "lr": 7.0, "split": False}]
-    optimizer = Frugal(groups, lr=0.1)
+    optimizer = Frugal(groups, lr=0.1, density=0.5)
     for step in range(3):
         give_grads([first, second], step)
         optimizer.step()

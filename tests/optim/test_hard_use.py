@@ -38,6 +38,7 @@ def test_gradients_of_any_layout_and_dtype(selection):
         assert same(params, others)
 
 
+@pytest.mark.filterwarnings("ignore:.*chooses whole tensors")
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_channels_last_with_kahan_and_views_of_a_buffer(selection):
     settings = {"lr": 1e-2, "update_gap": 2, "selection": selection}
@@ -66,6 +67,7 @@ def test_channels_last_with_kahan_and_views_of_a_buffer(selection):
     assert torch.equal(base[6:, :3], around[6:, :3])
 
 
+@pytest.mark.filterwarnings("ignore:.*chooses whole tensors")
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_tensors_without_elements_and_without_dimensions(selection):
     shapes = [(0,), (0, 5), (5, 0), (), (8, 6)]
@@ -262,6 +264,7 @@ def changed_state(change):
     return state
 
 
+@pytest.mark.filterwarnings("ignore:.*chooses whole tensors")
 @pytest.mark.parametrize(("change", "why"), [
     (lambda s: s["state"][0].pop("exp_avg"), r"'layer0' lacks \['exp_avg'\]"),
     (lambda s: s["state"][1].pop("step"), r"'layer1' lacks \['step'\]"),
@@ -321,6 +324,7 @@ def test_an_open_partial_step_is_not_copied():
     copy.deepcopy(optimizer)
 
 
+@pytest.mark.filterwarnings("ignore:.*chooses whole tensors")
 def test_a_group_added_in_the_middle_of_a_gap_goes_on_after_a_load():
     sides = []
     for _ in range(2):

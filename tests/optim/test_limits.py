@@ -47,7 +47,7 @@ def test_the_kernel_refuses_strata_that_do_not_fit_32_bits(size, density, fits):
 @pytest.mark.parametrize("impl", ["foreach", "reference"])
 def test_a_parameter_that_was_resized_is_refused(impl):
     weight = torch.nn.Parameter(torch.randn(8, 8))
-    optimizer = Frugal([weight], lr=0.1, impl=impl)
+    optimizer = Frugal([weight], lr=0.1, density=0.5, impl=impl)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     weight.grad, weight.data = None, torch.randn(4, 4)

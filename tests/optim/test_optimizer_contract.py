@@ -428,7 +428,7 @@ def test_strided_parameters():
     p = torch.nn.Parameter(base.clone().to(memory_format=torch.channels_last))
     q = torch.nn.Parameter(base.clone())
     assert not p.is_contiguous()
-    first, second = (Frugal([("w", x)], lr=1e-2, update_gap=2) for x in (p, q))
+    first, second = (Frugal([("w", x)], lr=1e-2, density=0.5, update_gap=2) for x in (p, q))
     for _ in range(5):
         grad = torch.randn_like(base)
         p.grad, q.grad = grad.to(memory_format=torch.channels_last), grad.clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +83,20 @@ def test_settings_without_an_effect_are_told(settings, told):
     with pytest.warns(UserWarning, match=told) as seen:
         Frugal([nn.Parameter(torch.ones(4, 4))], **settings)
     assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize(("shapes", "density", "told"), [
+    ([(40, 10)], 0.25, "75% of all elements never"), ([(30,)], 0.25, "1 of 1 tensors are larger"),
+    ([(40, 10)] * 12, 0.01, "12 of 12 tensors are larger"), ([(40, 10)] * 12, 0.25, ""),
+    ([(40, 10)], 0.0, ""), ([(40, 10)], 1.0, ""),
+])  # fmt: skip
+def test_blocks_that_could_never_have_state_are_told(shapes, density, told):
+    params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = Frugal(params, density=density)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match=told) if told else nullcontext():
+        optimizer.step()
 
 
 def test_settings_with_an_effect_in_one_group_are_not_told():

@@ -5,6 +5,7 @@
 A block is the paper's: one transformer layer. Here the budget of `blocks` is one layer's elements,
 and the order sweeps through the tensors, so that a round's tensors are exactly one layer (where all
 layers have the same elements). Embeddings and the head are frozen unless given to another group.
+A weight decay is applied to all blocks in every step; the paper's code freezes those that rest.
 """
 
 from __future__ import annotations
