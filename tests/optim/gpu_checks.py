@@ -96,7 +96,7 @@ def errors_against_float64(
     lr, wd, betas, eps = 1e-3, 0.1, (0.9, 0.999), 1e-8
     ours = make_params(dtype, shapes, device=device)
     theirs = make_params(dtype, shapes, device=device)
-    frugal = Frugal([{"params": ours, **settings}], lr=lr, weight_decay=wd, impl="native",
+    frugal = Frugal([{"params": ours, "density": 0.5, **settings}], lr=lr, weight_decay=wd, impl="native",
                     update_gap=max(2, steps // 3))  # fmt: skip
     fused = torch.optim.AdamW(theirs, lr=lr, weight_decay=wd, fused=True)
     generator = torch.Generator(device=device).manual_seed(1)

@@ -11,6 +11,7 @@ from tests.optim import gpu_checks
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:.*chooses whole tensors")  # at a density of 0.03
 def test_everything_on_the_gpu():
     if not cuda_status().available:
         pytest.skip(cuda_status().reason)
