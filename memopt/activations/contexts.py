@@ -36,6 +36,9 @@ class Host(Protocol):
     def recompute_begins(self, frame: Frame) -> None:
         """Called before a region is recomputed: fetch ahead."""
 
+    def inputs_landed(self) -> None:
+        """Called when the region's inputs are on the device again."""
+
     def recompute_ended(self, frame: Frame) -> None:
         """Called when the recomputation is complete."""
 
@@ -96,6 +99,7 @@ class RecomputeContext:
         frame.check_buffers()
         self._host.recompute_begins(frame)
         frame.land()
+        self._host.inputs_landed()
         outer = RngState.capture(self._host.device)
         frame.rng.restore()
         skip = frame.skips is not None and frame.skips.is_proven(frame)

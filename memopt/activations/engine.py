@@ -53,6 +53,9 @@ class Observer(Protocol):
     def recompute_begins(self, frame: Frame) -> None:
         """The region's backward begins."""
 
+    def inputs_landed(self) -> None:
+        """What is on the device from here on is the backward's own."""
+
     def recompute_ended(self, frame: Frame) -> None:
         """Its recomputation is complete."""
 
@@ -363,6 +366,11 @@ class ActivationEngine:
         self._op_lists[frame.name] = frame.ops
         if frame.writes_input():
             self.notes[_WRITES_INPUT] = None
+
+    def inputs_landed(self) -> None:
+        """Let the observer know."""
+        if self.observer is not None:
+            self.observer.inputs_landed()
 
     def recompute_begins(self, frame: Frame) -> None:
         """Fetch what this region waits for, then what backward will ask for next."""

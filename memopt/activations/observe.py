@@ -95,6 +95,11 @@ class RegionObserver:
         record.backward = [self.meter.mark()]
         self._in_backward = record
 
+    def inputs_landed(self) -> None:
+        """Count the region's own peak from here: the plan decides where its input waits."""
+        if self._in_backward is not None:
+            self._in_backward.backward_level_bytes = self.meter.current_bytes()
+
     def recompute_ended(self, frame: Any) -> None:
         """Mark the end of the recomputation."""
         if self._in_backward is not None and len(self._in_backward.backward) == 1:

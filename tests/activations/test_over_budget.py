@@ -18,8 +18,9 @@ def build():
         nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
         for _ in range(NUM_BLOCKS)
     ]
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ModuleList(blocks)[0], *blocks[1:])
-    return model, [str(i) for i in range(1, NUM_BLOCKS + 1)]
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), *blocks), [
+        str(i) for i in range(1, NUM_BLOCKS + 1)
+    ]
 
 
 def train(rows, **options):
@@ -70,3 +71,12 @@ def test_what_is_set_aside_is_predicted(budget_bytes):
     rows = [4096] * 3 + [6000] * 3
     peaks, _, run = train(rows, budget=memopt.Budget(device=budget_bytes))
     assert run.plan.predicted.device_bytes >= 0.95 * max(peaks[-2:])
+
+
+def test_where_inputs_waited_in_the_traced_step_does_not_count_as_the_backwards_own(tmp_path):
+    """An input that came back from SSD was counted with the backward, and once more by the plan."""
+    budget = memopt.Budget(ssd=f"{tmp_path}:1GiB")
+    traces = [train([4096] * 2, plan="recompute", budget=b)[2].trace for b in (None, budget)]
+    kept, moved = ([region.backward_peak_bytes for region in t.regions] for t in traces)
+    assert kept[1:] == moved[1:]
+    assert max(kept) > 0
