@@ -31,13 +31,11 @@ from memopt._states import expected_grad_bytes, missing_optimizer_bytes, optimiz
 from memopt._steps import Steps
 from memopt.activations.observe import RegionObserver
 from memopt.plan.cost import assumed_hardware, slack_of
-from memopt.plan.smallest import MIB, budget_for, check_budget, smallest_budget
+from memopt.plan.smallest import MIB, advice, budget_for, check_budget, smallest_budget
 from memopt.types.errors import BudgetError
 from memopt.types.hardware import Hardware
 from memopt.types.sizes import format_bytes, parse_size
 from memopt.types.trace import RegionTrace, StepTrace
-
-_ADVICE = "Raise the device budget, give host memory or SSD, or make the batch smaller."
 
 _AMPLE = 16
 """A budget this many times the states' bytes is not worth a dry run."""
@@ -193,7 +191,7 @@ class BudgetGuard:
             f"a device budget of {format_bytes(budget)} cannot be met: with everything recomputed, live "
             f"tensors{self._states_words()} reach {format_bytes(level)} in {observer.where()}, at {op}. "
             f"{_lower_bound(least)} Parameters and optimizer state are as they were before the step. "
-            f"{_ADVICE}"
+            f"{advice(self._resources.device.type)}"
         )
 
     def _states_words(self) -> str:

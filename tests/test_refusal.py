@@ -102,6 +102,8 @@ def refused(model, optimizer, loss_of, device_bytes, **budget):
     attributes = {name: dict(vars(m)) for name, m in model.named_modules()}
     with pytest.raises(memopt.BudgetError) as error:
         train(model, optimizer, loss_of, memopt.Budget(device=device_bytes, **budget), steps=1)
+    assert "host memory" not in str(error.value), "it is the device here"
+    assert "give an SSD directory" in str(error.value)
     assert all(map(torch.equal, weights, (p.detach() for p in model.parameters())))
     after = optimizer.state_dict()["state"]
     assert states.keys() == after.keys()

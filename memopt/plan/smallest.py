@@ -223,8 +223,14 @@ def refuse(model: StepModel, candidate: Candidate, device_bytes: int, slack: flo
         f"Its peak of {format_bytes(timeline.device_bytes)} is at {phase_name(model, worst)}: {', '.join(parts)} "
         f"(parameters {format_bytes(model.trace.param_bytes)}, gradients {format_bytes(model.trace.grad_bytes)}, "
         f"optimizer state {format_bytes(model.trace.optimizer_bytes)}). "
-        "Raise the device budget, give host memory or SSD, or make the batch smaller."
+        f"{advice(model.trace.device)}"
     )
+
+
+def advice(device: str) -> str:
+    """Return what to do where no plan fits; on a CPU host memory is the device."""
+    place = "an SSD directory" if device == "cpu" else "host memory or SSD"
+    return f"Raise the device budget, make the batch smaller, or give {place} if there is none yet."
 
 
 def phase_name(model: StepModel, index: int) -> str:
