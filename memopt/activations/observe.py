@@ -91,6 +91,7 @@ class RegionObserver:
         record = self.records.get(frame.name)
         if record is None:
             return
+        record.find_changed()
         record.backward_level_bytes = self.meter.current_bytes()
         record.backward = [self.meter.mark()]
         self._in_backward = record

@@ -31,6 +31,7 @@ from memopt.activations.tensors import (
     is_plain,
     nbytes_of,
     only_views,
+    shared_alias,
     storage_key,
     tensors_in,
 )
@@ -63,6 +64,7 @@ class _Birth:
     op: Op
     nbytes: int
     digest: Tensor | None
+    versions: Tensor | None
 
 
 @dataclass
@@ -85,6 +87,15 @@ class Record:
     fragile: set[int] = field(default_factory=set)
     written_inputs: set[int] = field(default_factory=set)
     written_buffers: set[int] = field(default_factory=set)
+    returned: list[tuple[Op, Tensor, int]] = field(default_factory=list)
+    """Outputs alive when the region returned: the op, what shares the version, and the version then."""
+
+    def find_changed(self) -> None:
+        """The backward begins: what the caller wrote to meanwhile cannot be kept for it, nor copied beside it."""
+        for op, versions, before in self.returned:
+            if versions._version != before:
+                op.reason = "returned by the region and changed in place by its caller"
+        self.returned.clear()
 
 
 class Tracing(Protocol):
@@ -194,7 +205,8 @@ class ObservedMode(ForwardMode):
             value = None
             if op.facts.kind != "factory" and nbytes >= MIN_MOVE_BYTES:
                 value = digest(_whole(tensor))
-            self._births[key] = _Birth(weakref.ref(tensor.untyped_storage()), op, nbytes, value)
+            storage = weakref.ref(tensor.untyped_storage())
+            self._births[key] = _Birth(storage, op, nbytes, value, _versions_of(tensor))
         if op.facts.kind in ("factory", "random"):
             op.reason = f"a {op.facts.kind} op is always run again"
 
@@ -261,7 +273,11 @@ class ObservedMode(ForwardMode):
                     self.record.fragile.add(op.position)
         self._suspects.clear()
         for birth in self._births.values():
-            birth.op.needed |= birth.storage() is not None
+            if birth.storage() is not None:
+                birth.op.needed = True
+                if birth.versions is not None:
+                    returned = birth.op, birth.versions, birth.versions._version
+                    self.record.returned.append(returned)
         self._births.clear()
         self._settle_inputs()
 
@@ -276,6 +292,16 @@ class ObservedMode(ForwardMode):
                 written.add(index)
         self._inputs = []
         self._observer.tracing_bytes -= self.cloned_bytes
+
+
+def _versions_of(tensor: Tensor) -> Tensor | None:
+    """Return an empty tensor that shares the version counter, and keeps no memory alive."""
+    if tensor.is_inference():
+        return None
+    with _disable_current_modes():
+        alias = shared_alias(tensor)
+        alias.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias
 
 
 def _whole(tensor: Tensor) -> Tensor:

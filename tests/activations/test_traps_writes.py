@@ -254,6 +254,19 @@ def test_a_returned_output_written_through_data_is_exact_or_refused(placement):
     assert_bitwise_or_refused(ZEROING["data"], placement)
 
 
+@pytest.mark.parametrize("way", ["zero_", "view", "detach"])
+def test_an_output_that_the_caller_changes_is_not_placed(way):
+    """The traced step tells, so that no plan of the planner's own ends in that error in the middle of a run."""
+    program = _traps.ZEROING[way]
+    for region in trace_of(program).regions:
+        changed = [op for op in region.ops if "changed in place by its caller" in op.reason]
+        assert len(changed) == 1, region.ops
+        assert not changed[0].placeable
+        assert any(op.placeable for op in region.ops)
+    for placement in ("kept", "ssd", "mix-0"):
+        compare(plain_run(program), run_memopt(program, plan_for(program, placement)))
+
+
 def test_kept_outputs_share_the_version_counter():
     """A region's output kept on the device, modified by the caller: the change is seen although values agree."""
 
