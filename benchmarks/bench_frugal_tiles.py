@@ -3,7 +3,7 @@
     python benchmarks/bench_frugal_tiles.py --build .native/tiles             # anywhere with nvcc
     python benchmarks/bench_frugal_tiles.py --libraries .native/tiles --out tiles.json   # on a GPU
 
-`--build` compiles one library a variant of `VARIANTS` (csrc/cuda/frugal_tiles.cuh names the two numbers)
+`--build` compiles one library a variant of `VARIANTS` (csrc/cuda/frugal_tiles.cuh names the numbers)
 and, with `--before SOURCES`, one of another csrc/cuda directory. The measurement runs each library in
 a process of its own: the update of columns and coordinates against PyTorch's, then the step's time
 for the 1.24 B parameters of Llama-3.2-1B, all split. Blocks are timed as the control: no variant changes them.
@@ -26,14 +26,23 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 LIBRARY = "libmemopt_cuda.so"
-VARIANTS = {"4 packs, 1 tile": (4, 1), "2 packs, 2 tiles": (2, 2), "2 packs, 1 tile": (2, 1)}
-CASES = ("frugal all", "frugal columns", "frugal coordinates")
+# Packs of a lane, tiles on their way, threads of a block, blocks on a processor. Of 128 threads each
+# warp steps four tiles, not two, for one look-up of its segment; 7 blocks are 28 warps in 72
+# registers, 8 are 32 in 64. "2 packs" were measured: up to a tenth slower.
+NAMES = ("PACKS", "STAGES", "THREADS", "BLOCKS")
+VARIANTS = {
+    "256 threads, 3 blocks": (4, 1, 256, 3),
+    "128 threads, 7 blocks": (4, 1, 128, 7),
+    "128 threads, 8 blocks": (4, 1, 128, 8),
+    "64 threads, 14 blocks": (4, 1, 64, 14),
+}
+CASES = ("frugal all", "frugal columns", "frugal rows", "frugal coordinates")
 
 
 def build(out: Path, before: Path | None) -> None:
     """Compile every variant into a directory of its name."""
-    for name, (packs, stages) in VARIANTS.items():
-        flags = f"-DMEMOPT_TILE_PACKS={packs} -DMEMOPT_TILE_STAGES={stages}"
+    for name in VARIANTS:
+        flags = " ".join(f"-D{define}" for define in defines_of(name))
         compile_library(ROOT, out / name, {"NVCC_APPEND_FLAGS": flags})
     if before is not None:
         with tempfile.TemporaryDirectory() as folder:
@@ -41,6 +50,11 @@ def build(out: Path, before: Path | None) -> None:
                 shutil.copytree(ROOT / part, Path(folder) / part)
             shutil.copytree(before, Path(folder) / "csrc/cuda", dirs_exist_ok=True)
             compile_library(Path(folder), out / "before", {})
+
+
+def defines_of(variant: str) -> tuple[str, ...]:
+    """Return what csrc/cuda/frugal_tiles.cuh is compiled with."""
+    return tuple(f"MEMOPT_TILE_{n}={v}" for n, v in zip(NAMES, VARIANTS[variant], strict=True))
 
 
 def compile_library(root: Path, out: Path, more: dict[str, str]) -> None:
@@ -62,7 +76,7 @@ def measure_one() -> dict[str, Any]:
     if not status.available:
         raise SystemExit(status.reason)
     found: dict[str, Any] = {"path": status.path, "errors": {}, "ms": {}}
-    for selection in ("columns", "coordinates"):
+    for selection in ("columns", "rows", "coordinates"):
         for density in (0.25, 0.9):
             worst, _ = gpu_checks.against_reference(selection=selection, density=density)
             found["errors"][f"{selection} {density}"] = worst

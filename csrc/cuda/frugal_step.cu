@@ -12,10 +12,18 @@
 
 namespace memopt {
 
-constexpr int kThreads = 256;
+// What a launch's segments may be; apart, because the index arithmetic of the second costs
+// registers that the first, the common case, turns into threads in flight.
+enum Layout { kRuns, kIndexed, kQuantized };
 
-template <typename T>
-constexpr int kStride = kThreads * kWidth<T>;
+template <Layout kLayout>
+constexpr int kThreads = kLayout == kIndexed ? MEMOPT_TILE_THREADS : 256;
+
+// Blocks on a processor, which bounds their registers.
+template <Layout kLayout, int kRounding>
+constexpr int kBlocks = kLayout == kIndexed ? (kRounding == MEMOPT_NEAREST ? MEMOPT_TILE_BLOCKS
+                                                                           : 768 / MEMOPT_TILE_THREADS)
+                                            : (kRounding == MEMOPT_NEAREST && kLayout == kRuns ? 4 : 3);
 
 // What one thread block works on: the tensor from the chunk's first element on.
 template <typename T>
@@ -110,12 +118,12 @@ __device__ __forceinline__ void finish_pack(const Chunk<T>& c, int i, int64_t st
 }
 
 // kUnroll packs of elements, all with state (at `state` + distance from i) or all without.
-template <typename T, int kRounding, bool kFull, int kUnroll>
+template <typename T, int kRounding, bool kFull, int kStride, int kUnroll>
 __device__ __forceinline__ void step_run(const Chunk<T>& c, int first, int stop, int64_t state) {
   Flight<T> flight[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    int i = first + u * kStride<T>;
+    int i = first + u * kStride;
     if (i < stop) {
       load_weights<T, kRounding>(c, i, flight[u]);
       if constexpr (kFull) load_moments(c, state + i, flight[u]);
@@ -123,22 +131,23 @@ __device__ __forceinline__ void step_run(const Chunk<T>& c, int first, int stop,
   }
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    int i = first + u * kStride<T>;
+    int i = first + u * kStride;
     if (i < stop) finish_pack<T, kRounding, kFull>(c, i, state + i, flight[u]);
   }
 }
 
 // Elements of one kind in a row; `state` is the arena position of the chunk's first element.
-template <typename T, int kRounding, bool kFull>
+template <typename T, int kRounding, bool kFull, int kThreads>
 __device__ void run_uniform(const Chunk<T>& c, bool aligned, int64_t state) {
+  constexpr int kStride = kThreads * kWidth<T>;
   constexpr int kUnroll = kFull ? 2 : 4;  // as many bytes in flight with and without moments
   if (kFull) {
     aligned = aligned && aligned16(c.moment[0] + state) &&
               (!c.has_second || aligned16(c.moment[1] + state));
   }
   int stop = aligned ? c.size / kWidth<T> * kWidth<T> : 0;
-  for (int first = threadIdx.x * kWidth<T>; first < stop; first += kStride<T> * kUnroll) {
-    step_run<T, kRounding, kFull, kUnroll>(c, first, stop, state);
+  for (int first = threadIdx.x * kWidth<T>; first < stop; first += kStride * kUnroll) {
+    step_run<T, kRounding, kFull, kStride, kUnroll>(c, first, stop, state);
   }
   for (int i = stop + threadIdx.x; i < c.size; i += kThreads) {
     step_one<T, kRounding>(c, i, kFull ? state + i : -1);
@@ -169,16 +178,17 @@ __device__ __forceinline__ int64_t load_row(const Chunk<T>& c, int i, const RowS
   return at;
 }
 
-template <typename T, int kRounding>
+template <typename T, int kRounding, int kThreads>
 __device__ void run_rows(const Chunk<T>& c, bool aligned, const RowSlots& rows) {
+  constexpr int kStride = kThreads * kWidth<T>;
   bool vectors = aligned && rows.width % kWidth<T> == 0 && aligned16(c.moment[0] + rows.state) &&
                  (!c.has_second || aligned16(c.moment[1] + rows.state));
   int stop = vectors ? c.size / kWidth<T> * kWidth<T> : 0;
   Flight<T> now, next;
   int i = threadIdx.x * kWidth<T>;
   int64_t at = i < stop ? load_row<T, kRounding>(c, i, rows, now) : -1, after = -1;
-  for (; i < stop; i += kStride<T>) {  // the next pack is on its way while this one is updated
-    if (i + kStride<T> < stop) after = load_row<T, kRounding>(c, i + kStride<T>, rows, next);
+  for (; i < stop; i += kStride) {  // the next pack is on its way while this one is updated
+    if (i + kStride < stop) after = load_row<T, kRounding>(c, i + kStride, rows, next);
     if (at < 0) {
       finish_pack<T, kRounding, false>(c, i, 0, now);
     } else {
@@ -217,12 +227,8 @@ __device__ __forceinline__ Scalars scalars_of(const memopt_frugal_tensors& tenso
   return s;
 }
 
-// What a launch's segments may be; apart, because the index arithmetic of the second costs
-// registers that the first, the common case, turns into threads in flight.
-enum Layout { kRuns, kIndexed, kQuantized };
-
 template <typename T, int kRounding, Layout kLayout>
-__global__ void __launch_bounds__(kThreads, kLayout == kRuns && kRounding == MEMOPT_NEAREST ? 4 : 3)
+__global__ void __launch_bounds__(kThreads<kLayout>, kBlocks<kLayout, kRounding>)
     frugal_step_kernel(const __grid_constant__ memopt_frugal_tensors tensors,
                        const __grid_constant__ memopt_frugal_launch launch) {
   int chunk = blockIdx.x;
@@ -253,11 +259,11 @@ __global__ void __launch_bounds__(kThreads, kLayout == kRuns && kRounding == MEM
   c.s = scalars_of(tensors, launch, tensor);
 
   if (kind == MEMOPT_SEGMENT_FREE) {
-    run_uniform<T, kRounding, false>(c, aligned, 0);
+    run_uniform<T, kRounding, false, kThreads<kLayout>>(c, aligned, 0);
     return;
   }
   if constexpr (kLayout == kRuns) {
-    run_uniform<T, kRounding, true>(c, aligned, state + distance);
+    run_uniform<T, kRounding, true, kThreads<kLayout>>(c, aligned, state + distance);
     return;
   }
   uint64_t a = __ldg(f + MEMOPT_FIELD_A), b = __ldg(f + MEMOPT_FIELD_B);
@@ -267,9 +273,9 @@ __global__ void __launch_bounds__(kThreads, kLayout == kRuns && kRounding == MEM
     run_quantized<T, kRounding>(c, launch, aligned, state + (slots ? 0 : distance), a, slots);
   }
   if constexpr (kLayout == kIndexed) {
-    __shared__ Exchange<T, kRounding> tiles[kThreads / 32];
+    __shared__ Exchange<T, kRounding> tiles[kThreads<kLayout> / 32];
     if (kind == MEMOPT_SEGMENT_FULL) {
-      run_uniform<T, kRounding, true>(c, aligned, state + distance);
+      run_uniform<T, kRounding, true, kThreads<kLayout>>(c, aligned, state + distance);
     } else if (kind == MEMOPT_SEGMENT_COLUMNS) {
       const int2* words = reinterpret_cast<const int2*>(launch.index + key);
       ColumnSlots columns(state, a, b, words, c.element);
@@ -278,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, kLayout == kRuns && kRounding == MEM
       uint64_t row = c.element / a;
       uint32_t column = static_cast<uint32_t>(c.element - row * a);
       RowSlots rows{state, row, column, static_cast<uint32_t>(a), launch.index + key};
-      run_rows<T, kRounding>(c, aligned, rows);
+      run_rows<T, kRounding, kThreads<kLayout>>(c, aligned, rows);
     } else {
       StrataSlots strata(state, a, b, key, __ldg(f + MEMOPT_FIELD_OFFSET), c.element);
       run_tiles<T, kRounding>(c, aligned, tiles[threadIdx.x / 32], strata);
@@ -286,18 +292,24 @@ __global__ void __launch_bounds__(kThreads, kLayout == kRuns && kRounding == MEM
   }
 }
 
+template <typename T, int kRounding, Layout kLayout>
+cudaError_t launch_layout(const memopt_frugal_tensors& tensors,
+                          const memopt_frugal_launch& launch, cudaStream_t stream) {
+  frugal_step_kernel<T, kRounding, kLayout>
+      <<<launch.num_chunks, kThreads<kLayout>, 0, stream>>>(tensors, launch);
+  return cudaGetLastError();
+}
+
 template <typename T, int kRounding>
 cudaError_t launch_rounded(const memopt_frugal_tensors& tensors, const memopt_frugal_launch& launch,
                            cudaStream_t stream) {
-  dim3 grid(launch.num_chunks), block(kThreads);
   if (launch.scale[0] != nullptr) {
-    frugal_step_kernel<T, kRounding, kQuantized><<<grid, block, 0, stream>>>(tensors, launch);
-  } else if (launch.index != nullptr) {
-    frugal_step_kernel<T, kRounding, kIndexed><<<grid, block, 0, stream>>>(tensors, launch);
-  } else {
-    frugal_step_kernel<T, kRounding, kRuns><<<grid, block, 0, stream>>>(tensors, launch);
+    return launch_layout<T, kRounding, kQuantized>(tensors, launch, stream);
   }
-  return cudaGetLastError();
+  if (launch.index != nullptr) {
+    return launch_layout<T, kRounding, kIndexed>(tensors, launch, stream);
+  }
+  return launch_layout<T, kRounding, kRuns>(tensors, launch, stream);
 }
 
 }  // namespace memopt

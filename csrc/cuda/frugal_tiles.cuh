@@ -18,13 +18,19 @@
 
 #include "frugal_math.cuh"
 
-// Packs of 16 bytes of a lane in a tile, and tiles of a warp on their way at the same time. Other
-// values are for measuring: benchmarks/bench_frugal_tiles.py.
+// Packs of 16 bytes of a lane in a tile, tiles of a warp on their way at the same time, threads of a
+// block and blocks on a processor. Other values are for measuring: benchmarks/bench_frugal_tiles.py.
 #if !defined(MEMOPT_TILE_PACKS)
 #define MEMOPT_TILE_PACKS 4
 #endif
 #if !defined(MEMOPT_TILE_STAGES)
 #define MEMOPT_TILE_STAGES 1
+#endif
+#if !defined(MEMOPT_TILE_THREADS)
+#define MEMOPT_TILE_THREADS 256
+#endif
+#if !defined(MEMOPT_TILE_BLOCKS)
+#define MEMOPT_TILE_BLOCKS 3
 #endif
 
 namespace memopt {

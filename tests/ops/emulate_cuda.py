@@ -151,7 +151,7 @@ extern "C" void emulated_draw(const memopt_frugal_draws* draws, int num_draws, i
 }
 template <typename T, int kRounding, memopt::Layout kLayout>
 void run(const memopt_frugal_tensors* tensors, const memopt_frugal_launch* launch) {
-  run_blocks(launch->num_chunks, 256, [=] {
+  run_blocks(launch->num_chunks, memopt::kThreads<kLayout>, [=] {
     memopt::frugal_step_kernel<T, kRounding, kLayout>(*tensors, *launch);
   });
 }
@@ -237,7 +237,9 @@ def _before(name: str, end: str, seen: set[str]) -> str:
 def build(folder: Path, include: Path, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
     """Compile the kernel's sources for this CPU."""
     seen: set[str] = set()
-    kernel = _before("frugal_step.cu", "template <typename T, int kRounding>\ncudaError_t", seen)
+    kernel = _before(
+        "frugal_step.cu", "template <typename T, int kRounding, Layout kLayout>\ncudaError_t", seen
+    )
     kernel += "}\n" + _before("frugal_draw.cu", "}  // namespace memopt", seen)
     shared = re.compile(r"__shared__ (Exchange<T, kRounding>) tiles\[.*\];")
     assert shared.search(kernel), "the kernel's shared memory has another form"
