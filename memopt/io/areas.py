@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from memopt.io.files import IoFile, create_unlinked
 from memopt.types.free_list import FreeList
 
-__all__ = ["Area", "DiskFull", "ExtentStoreFull", "open_area"]
+__all__ = ["Area", "DiskFull", "ExtentStoreFull", "budget_used_up", "open_area"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -108,3 +109,13 @@ def open_area(path: str | os.PathLike[str], size_bytes: int, *, direct: bool = T
             f"size_bytes={size_bytes} for {os.fspath(path)!r} is below one unit of {file.unit_bytes}"
         )
     return Area(file=file, budget_bytes=budget_bytes)
+
+
+def budget_used_up(areas: Sequence[Area], nbytes: int, available: int) -> ExtentStoreFull:
+    """Return the error of a request for more than the budget has left."""
+    budget = ", ".join(f"{area.file.path}: {area.budget_bytes}" for area in areas)
+    text = (
+        f"the ssd budget is used up: {nbytes} bytes asked, {available} of "
+        f"{sum(area.budget_bytes for area in areas)} left ({budget}); raise the ssd budget"
+    )
+    return ExtentStoreFull(errno.ENOSPC, text, areas[0].file.path)

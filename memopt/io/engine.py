@@ -88,13 +88,13 @@ class Engine(ABC):
         self._totals = {"tickets": 0, "failed": 0, "read": 0, "write": 0, "buffered": 0}
 
     @abstractmethod
-    def _start(self, pieces: list[Piece], when_over: RawBuffer | None) -> Ticket:
-        """Queue ``pieces`` (maybe none) and return their ticket; must not block on the disk."""
+    def _ticket(self, pieces: list[Piece], when_over: RawBuffer | None) -> Ticket:
+        """Return a ticket for ``pieces`` (maybe none) that queues them when it begins; must not block on the disk."""
 
-    def _prepare(
+    def _prepared(
         self, pieces: list[Piece], when_over: RawBuffer | None, alive: Callable[[], object] | None
     ) -> Ticket:
-        """Return a ticket for ``pieces`` that is not queued."""
+        """Return a ticket for ``pieces`` that does not queue them when it begins."""
         raise NotImplementedError
 
     @abstractmethod
@@ -119,7 +119,7 @@ class Engine(ABC):
             IoEngineUnavailable: the engine was opened in another process (before a fork).
         """
         self._check_deferral(when_over)
-        return self._begin(transfers, lambda pieces: self._start(pieces, when_over))
+        return self._begin(transfers, lambda pieces: self._ticket(pieces, when_over))
 
     def prepare(
         self,
@@ -143,7 +143,7 @@ class Engine(ABC):
             ValueError: as for :meth:`submit`, or the engine cannot defer.
         """
         self._check_deferral(self)
-        return self._begin(transfers, lambda pieces: self._prepare(pieces, when_over, alive))
+        return self._begin(transfers, lambda pieces: self._prepared(pieces, when_over, alive))
 
     def _check_deferral(self, asked: object) -> None:
         if asked is not None and not self.defers:
@@ -152,23 +152,36 @@ class Engine(ABC):
             )
 
     def _begin(
-        self, transfers: Sequence[Transfer], start: Callable[[list[Piece]], Ticket]
+        self, transfers: Sequence[Transfer], make: Callable[[list[Piece]], Ticket]
     ) -> Ticket:
+        """Give the engine a batch. A KeyboardInterrupt here leaves it in the books where the engine has it."""
         self._check_process()
         self._reap()
         with self._gate:
             self._check_usable()
             pieces = plan_batch(transfers, self.bounces)
+            ticket: Ticket | None = None
             try:
-                ticket = start(pieces)
-            except BaseException:
-                release_bounces(pieces, self.bounces)
-                raise
-            with self._lock:
+                ticket = make(pieces)
+                with self._lock:
+                    self._in_flight[ticket] = None
+                    _BUSY.add(self)
+                ticket.begin()
                 self._totals["tickets"] += 1
-                self._in_flight[ticket] = None
-                _BUSY.add(self)
+            except BaseException:
+                if ticket is None or not ticket.begun:
+                    self._forget(ticket, pieces)
+                raise
         return ticket
+
+    def _forget(self, ticket: Ticket | None, pieces: list[Piece]) -> None:
+        """Undo what was done for a batch that the engine was not given."""
+        with self._lock:
+            if ticket is not None:
+                self._in_flight.pop(ticket, None)
+            if not self._in_flight:
+                _BUSY.discard(self)
+        release_bounces(pieces, self.bounces)
 
     def read(self, file: IoFile, offset: int, buffer: Buffer, *, padded: bool = False) -> Ticket:
         """Start filling ``buffer`` with the bytes of ``file`` from ``offset`` on."""
@@ -249,6 +262,9 @@ class Engine(ABC):
             self._closed = True
         with self._closing:
             for ticket in self._snapshot():
+                if not ticket.begun:  # two interrupts left it
+                    self._forget(ticket, [])
+                    continue
                 ticket.cancel()
                 ticket._finished(None)
                 self._settle(ticket)

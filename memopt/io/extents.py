@@ -13,19 +13,18 @@ an error of the write, and the data is still in the caller's buffer.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
-from memopt.io.areas import Area, ExtentStoreFull, open_area
+from memopt.io.areas import Area, ExtentStoreFull, budget_used_up, open_area
 from memopt.io.buffers import Buffer, BufferView, RawBuffer, view_of
 from memopt.io.depth import depth_for
 from memopt.io.engine import Engine, EngineName, Ticket, fresh, open_engine
-from memopt.io.extent import Extent, ExtentStats, Pending, Run, interleaved
+from memopt.io.extent import Extent, ExtentStats, Pending, Run, holding, interleaved
 from memopt.io.files import IoFile
 from memopt.io.pieces import Kind, Transfer
 
@@ -46,7 +45,7 @@ class ExtentStore:
 
     Args:
         directories: pairs of a directory and the bytes it may hold.
-        engine: an engine to share (the caller closes it), or the name of one to open (closed with the store).
+        engine: one to share (the caller closes it), or the name of one to open (closed with the store).
         growth_bytes: the files grow in steps of this size.
         stripe_bytes: extents of at least this many bytes per directory are striped.
         direct: use O_DIRECT where it works.
@@ -120,7 +119,7 @@ class ExtentStore:
             self._collect(need)
             available = self._available_bytes()
             if need > available:
-                raise self._full(nbytes, available)
+                raise budget_used_up(self._areas, nbytes, available)
             extent = Extent(nbytes=nbytes, runs=tuple(interleaved(self._take(need), _STRIPE_BYTES)))
             self._live.add(extent)
             if counted:
@@ -271,10 +270,8 @@ class ExtentStore:
         start: Callable[[list[Transfer]], Ticket] | None = None,
     ) -> Ticket:
         views = [view_of(buffer, writable=kind == "read") for _, buffer, _ in items]
-        with ExitStack() as one_at_a_time:  # in one order: no two batches wait for each other
-            for extent in sorted({extent for extent, _, _ in items}, key=id):
-                one_at_a_time.enter_context(extent.lock)
-            return self._submit_views(kind, items, views, start or self.engine.submit)
+        begin = partial(self._submit_views, kind, items, views, start or self.engine.submit)
+        return holding({extent for extent, _, _ in items}, begin)
 
     def _submit_views(
         self,
@@ -292,11 +289,24 @@ class ExtentStore:
             for (extent, _, offset), view in zip(items, views, strict=True)
             for transfer in self._transfers(kind, extent, offset, view)
         ]
-        ticket = start(transfers)
-        with self._lock:
-            for (extent, _, offset), view in zip(items, views, strict=True):
-                self._enter(kind, extent, offset, view.nbytes, ticket)
+        try:
+            ticket = start(transfers)
+            with self._lock:
+                for (extent, _, offset), view in zip(items, views, strict=True):
+                    self._enter(kind, extent, offset, view.nbytes, ticket)
+        except KeyboardInterrupt:
+            self._distrust(kind, items)
+            raise
         return ticket
+
+    def _distrust(self, kind: Kind, items: Sequence[tuple[Extent, Buffer, int]]) -> None:
+        """Nobody knows whether the transfers began: what is in flight may be theirs, and what they write is lost."""
+        with self._lock:
+            tickets = self.engine._snapshot()
+            for extent, _, offset in items:
+                extent.pending += [Pending("write", 0, extent.allocated_bytes, t) for t in tickets]
+                if kind == "write":
+                    extent.written_bytes = min(extent.written_bytes, offset)
 
     def _check_range(self, kind: Kind, extent: Extent, offset: int, nbytes: int) -> None:
         self._check_open()
@@ -377,11 +387,8 @@ class ExtentStore:
     def _prune(self, extent: Extent) -> None:
         """Forget finished transfers; remember that a write failed, since its bytes must not be read back."""
         for pending in extent.pending:
-            if (
-                pending.ticket.done()
-                and pending.kind == "write"
-                and pending.ticket.error is not None
-            ):
+            has_failed = pending.ticket.done() and pending.ticket.error is not None
+            if has_failed and pending.kind == "write":
                 extent.failed = pending.ticket
         extent.pending = [p for p in extent.pending if not p.ticket.done()]
 
@@ -440,11 +447,3 @@ class ExtentStore:
         if self._closed:
             raise ValueError("the extent store is closed")
         self.engine._check_process()
-
-    def _full(self, nbytes: int, available: int) -> ExtentStoreFull:
-        budget = ", ".join(f"{area.file.path}: {area.budget_bytes}" for area in self._areas)
-        text = (
-            f"the ssd budget is used up: {nbytes} bytes asked, {available} of "
-            f"{sum(area.budget_bytes for area in self._areas)} left ({budget}); raise the ssd budget"
-        )
-        return ExtentStoreFull(errno.ENOSPC, text, self._areas[0].file.path)

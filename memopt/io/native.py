@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 from collections.abc import Callable
@@ -67,13 +68,19 @@ class ShortCalls:
 
 
 class Handle:
-    """What owns a native ticket."""
+    """What owns a native ticket: native code puts its address into ``out``, so that no interrupt comes between."""
 
-    __slots__ = ("_free", "address")
+    __slots__ = ("_free", "out")
 
-    def __init__(self, address: int, free: Callable[[int], None]) -> None:
-        self.address = address
+    def __init__(self, free: Callable[[int], None]) -> None:
+        self.out = ctypes.c_void_p()
         self._free = free
 
+    @property
+    def address(self) -> int:
+        """Of the native ticket; 0 while there is none."""
+        return self.out.value or 0
+
     def __del__(self) -> None:
-        self._free(self.address)
+        with contextlib.suppress(AttributeError):  # an interrupt in __init__
+            self._free(self.address)

@@ -11,11 +11,13 @@ still collected, and its finalizer stops them.
 from __future__ import annotations
 
 import errno
+import operator
 import os
 import queue
 import threading
 import time
 import weakref
+from collections import deque
 from typing import TypeAlias
 
 from memopt.io.buffers import BufferView, RawBuffer
@@ -34,13 +36,24 @@ _DSYNC = getattr(os, "RWF_DSYNC", 0)
 class _ThreadsTicket(Ticket):
     """Counts its blocks down; the worker that finishes the last one sets the event."""
 
-    def __init__(self, engine: Engine, pieces: list[Piece], num_blocks: int) -> None:
+    def __init__(self, engine: ThreadsEngine, pieces: list[Piece]) -> None:
         super().__init__(engine, pieces)
         self._event = threading.Event()
         self._blocks_lock = threading.Lock()
-        self._num_left = num_blocks
-        if num_blocks == 0:
+        jobs = [(self, piece, *block) for piece in pieces for block in engine._blocks(piece)]
+        self._put = engine._jobs.put
+        self._num_left = len(jobs)
+        self._unqueued = iter(jobs)
+        if not jobs:
             self._event.set()
+
+    @property
+    def begun(self) -> bool:
+        return operator.length_hint(self._unqueued) == 0
+
+    def begin(self) -> None:
+        # In one step of C: a KeyboardInterrupt comes before all of them or after.
+        deque(map(self._put, self._unqueued), maxlen=0)
 
     def _finished(self, timeout_s: float | None) -> bool:
         return self._event.is_set() if timeout_s == 0.0 else self._event.wait(timeout_s)
@@ -77,13 +90,9 @@ class ThreadsEngine(Engine):
             worker.start()
         self._finalizer = weakref.finalize(self, _stop, self._jobs, self.num_workers, os.getpid())
 
-    def _start(self, pieces: list[Piece], when_over: RawBuffer | None) -> Ticket:
+    def _ticket(self, pieces: list[Piece], when_over: RawBuffer | None) -> Ticket:
         del when_over  # refused before
-        jobs = [(piece, start, stop) for piece in pieces for start, stop in self._blocks(piece)]
-        ticket = _ThreadsTicket(self, pieces, len(jobs))
-        for piece, start, stop in jobs:
-            self._jobs.put((ticket, piece, start, stop))
-        return ticket
+        return _ThreadsTicket(self, pieces)
 
     def _blocks(self, piece: Piece) -> list[tuple[int, int]]:
         """Cut a piece at multiples of its unit, into blocks that keep the workers evenly busy."""

@@ -24,9 +24,22 @@ class Ticket(ABC):
         self._engine = engine
 
     @property
+    @abstractmethod
+    def begun(self) -> bool:
+        """Whether the engine was given the batch: true as soon as, and only if, :meth:`begin` did that."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Give the engine the batch, in one step that an interrupt cannot divide.
+
+        Raises:
+            OSError: the engine does not take it.
+        """
+
+    @property
     def released(self) -> bool:
-        """Whether it was queued; false only for a batch that was prepared."""
-        return True
+        """Whether it was queued; false only for a batch that was prepared, or never begun."""
+        return self.begun
 
     def release(self) -> None:  # noqa: B027 - an ordinary batch is queued already
         """Queue a prepared batch. A second call does nothing."""

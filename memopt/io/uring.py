@@ -64,10 +64,10 @@ class UringCounters:
 
 class _UringTicket(Ticket):
     def __init__(
-        self, engine: UringEngine, pieces: list[Piece], handle: Handle, when_over: RawBuffer | None
+        self, engine: UringEngine, pieces: list[Piece], when_over: RawBuffer | None
     ) -> None:
         super().__init__(engine, pieces)
-        self._handle = handle
+        self._handle = Handle(engine._short.free)
         self._when_over = when_over  # kept alive: the driver writes there
         self._native = engine._native
         self._short = engine._short
@@ -76,8 +76,26 @@ class _UringTicket(Ticket):
         self._result = engine._native.ffi.new("memopt_uring_result *")
         self._is_over = False
 
+    @property
+    def begun(self) -> bool:
+        return self._handle.address != 0
+
+    def begin(self) -> None:
+        self._hand_over(self._short.submit)
+
+    def _hand_over(self, call: Any) -> None:
+        """Copy the pieces to native requests and ``call`` with them; that sets the handle."""
+        engine, when_over = self._engine, self._when_over
+        assert isinstance(engine, UringEngine)
+        requests = engine._requests_for(self.pieces)
+        at, word = address_of(self._native, requests), when_over.address if when_over else 0
+        out = ctypes.byref(self._handle.out)
+        rc = call(self._ring_address, at, len(self.pieces), word, out)
+        if rc < 0:
+            raise OSError(-rc, f"{os.strerror(-rc)}: io_uring does not take requests any more")
+
     def _finished(self, timeout_s: float | None) -> bool:
-        if self._is_over or self._poll():
+        if self._is_over or (self.begun and self._poll()):
             return True
         if timeout_s == 0.0:
             return False
@@ -134,9 +152,12 @@ class _PreparedTicket(_UringTicket):
     alive: Callable[[], object] | None = None
     lost: BaseException | None = None
 
+    def begin(self) -> None:
+        self._hand_over(self._short.prepare)
+
     @property
     def released(self) -> bool:
-        return bool(self._short.is_released(self._handle.address))
+        return self.begun and bool(self._short.is_released(self._handle.address))
 
     def release(self) -> None:
         self._short.arm(self._handle.address)
@@ -240,36 +261,23 @@ class UringEngine(Engine):
             raise IoEngineUnavailable(f"io_uring: {os.strerror(-rc)}{_why_refused(-rc)}")
         return self._native.ffi.gc(out[0], self._native.lib.memopt_uring_free)
 
-    def _start(self, pieces: list[Piece], when_over: RawBuffer | None) -> Ticket:
-        handle = self._hand_over(self._short.submit, pieces, when_over)
-        return _UringTicket(self, pieces, handle, when_over)
+    def _ticket(self, pieces: list[Piece], when_over: RawBuffer | None) -> Ticket:
+        _check_word(when_over)
+        return _UringTicket(self, pieces, when_over)
 
-    def _prepare(
+    def _prepared(
         self, pieces: list[Piece], when_over: RawBuffer | None, alive: Callable[[], object] | None
     ) -> Ticket:
-        handle = self._hand_over(self._short.prepare, pieces, when_over)
-        ticket = _PreparedTicket(self, pieces, handle, when_over)
+        _check_word(when_over)
+        ticket = _PreparedTicket(self, pieces, when_over)
         ticket.alive = alive
         return ticket
 
-    def _hand_over(self, call: Any, pieces: list[Piece], when_over: RawBuffer | None) -> Handle:
-        """Copy ``pieces`` to native requests, ``call`` with them, and return the handle that owns the ticket."""
-        ffi = self._native.ffi
-        if when_over is not None and (when_over.nbytes != 4 or when_over.address % 4):
-            raise ValueError(
-                f"when_over={when_over} is no aligned 32-bit word; pass RawBuffer(address=, nbytes=4, owner=)"
-            )
-        requests = ffi.new("memopt_uring_request[]", len(pieces))
+    def _requests_for(self, pieces: Sequence[Piece]) -> Any:
+        requests = self._native.ffi.new("memopt_uring_request[]", len(pieces))
         for request, piece in zip(requests, pieces, strict=True):
             self._fill(request, piece)
-        out = ctypes.c_void_p()
-        word = when_over.address if when_over is not None else 0
-        at = address_of(self._native, requests)
-        rc = call(self._ring_address, at, len(pieces), word, ctypes.byref(out))
-        if rc < 0:
-            raise OSError(-rc, f"{os.strerror(-rc)}: io_uring does not take requests any more")
-        assert out.value is not None
-        return Handle(out.value, self._short.free)
+        return requests
 
     def _fill(self, request: Any, piece: Piece) -> None:
         direct_slot, plain_slot = self._slots_of(piece.file)
@@ -366,6 +374,13 @@ class UringEngine(Engine):
         _release(self._native, self._ring, self._pid)
         self._registered.clear()
         self._finalizer.detach()
+
+
+def _check_word(when_over: RawBuffer | None) -> None:
+    if when_over is not None and (when_over.nbytes != 4 or when_over.address % 4):
+        raise ValueError(
+            f"when_over={when_over} is no aligned 32-bit word; pass RawBuffer(address=, nbytes=4, owner=)"
+        )
 
 
 def _why_refused(code: int) -> str:
