@@ -267,8 +267,7 @@ class ObservedMode(ForwardMode):
     def _settle(self) -> None:
         self._verify(set(self._births))
         if self._suspects:
-            changed = torch.stack([flag for _, flag in self._suspects]).tolist()
-            for (op, _), flag in zip(self._suspects, changed, strict=True):
+            for op, flag in zip((op for op, _ in self._suspects), self._flags(), strict=True):
                 if flag:
                     self.record.fragile.add(op.position)
         self._suspects.clear()
@@ -280,6 +279,15 @@ class ObservedMode(ForwardMode):
                     self.record.returned.append(returned)
         self._births.clear()
         self._settle_inputs()
+
+    def _flags(self) -> list[bool]:
+        """Bring the suspects' flags home, in one copy a device: attention's seeds are CPU tensors beside CUDA's."""
+        flags = [flag for _, flag in self._suspects]
+        values: dict[int, bool] = {}
+        for device in {flag.device for flag in flags}:
+            here = [i for i, flag in enumerate(flags) if flag.device == device]
+            values |= zip(here, torch.stack([flags[i] for i in here]).tolist(), strict=True)
+        return [values[i] for i in range(len(flags))]
 
     def _settle_inputs(self) -> None:
         """Find what changed without a visible write; recompute from its pre-image."""

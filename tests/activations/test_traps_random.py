@@ -176,7 +176,7 @@ def test_cuda_attention_with_dropout_advances_the_generator(backend, placement):
         plain = plain_run(program)
     except RuntimeError as error:
         pytest.skip(f"{backend} cannot run this: {error}")
-    record = run_memopt(program, placement)
+    record = run_memopt(program, plan_for(program, placement))
     if backend != "CUDNN_ATTENTION":
         compare(plain, record)
     for p, o in zip(
