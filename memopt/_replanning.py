@@ -1,11 +1,10 @@
-"""When a session's plan changes: after the traced step, after a timed one, when gradients stay, and over the budget.
+"""When a session's plan changes: after the traced step, after a timed one, and when gradients stay.
 
 Plans switch only at a root forward without a live frame. A step is timed that began with its plan
 in force and no host memory being locked. The first such step gives a new plan. The second, which
-runs that plan, corrects it again: the less a step waits, the hotter and slower the device computes,
-which hides more transfers, and which no step of another plan can show. A third plan pays only where it
-is faster than the second one by more than its own first step costs; a third timed step then corrects what
-it predicts. A step in which something ran forward only
+runs that plan, only corrects what it predicts: the less a step waits, the hotter and slower the
+device computes, which no step of another plan can show. (A third plan from these times filled the link to the brim
+and lost more by waiting than it saved: benchmarks/LOG.md.) A step in which something ran forward only
 (an evaluation with gradients, an exception) is timed again in the next one, a few times.
 """
 
@@ -22,9 +21,6 @@ _TIMES_FROM = 2
 """Steps before the one that is timed: one is traced, one more may compile kernels."""
 
 _TIMED_STEPS = 2
-_WORTH = 0.005
-"""Of a step's time: the first step of a plan took 0.6 of a step more on an H200."""
-
 _MAX_RETRIES = 3
 _WAITING = (
     "a new plan waited because the graph of an earlier step was still alive (a kept loss or output); "
@@ -43,7 +39,6 @@ class Replanning:
         self._num_timed = 0
         self._num_retries = 0
         self._corrected = False
-        self._num_wanted = _TIMED_STEPS
 
     def begin(self, planner: Planner) -> None:
         """The traced step ended: make the first plan."""
@@ -62,14 +57,12 @@ class Replanning:
                 engine.notes[_WAITING] = None
             return
         stale = planner.sees_gradients(steps.grad_bytes())
-        if not steps.begun and steps.num_steps > self._first_step_of_plan > 0:
-            stale |= planner.sees_peak(engine.plan, steps.last_step_peak_bytes)
         if self._corrected:
             self._corrected = False
             if self._num_timed == 1:
                 stale = True
             else:
-                self._follow(planner, engine)
+                engine.use(planner.with_prediction(engine.plan))
         if stale:
             self.next_plan = planner.plan()
         if self.next_plan is not None:
@@ -81,20 +74,9 @@ class Replanning:
         # the first step of a plan rehearses what may be skipped
         settled = steps.num_steps > self._first_step_of_plan and not resources.is_locking
         undisturbed = settled and steps.num_steps >= _TIMES_FROM
-        if undisturbed and self._num_timed < self._num_wanted and not steps.begun:
+        if undisturbed and self._num_timed < _TIMED_STEPS and not steps.begun:
             self._timed_step = steps.num_steps
             engine.time_regions(RegionClock(resources.meter))
-
-    def _follow(self, planner: Planner, engine: ActivationEngine) -> None:
-        """Correct what the plan in force predicts; plan once more where that is worth a plan's first step."""
-        corrected = planner.with_prediction(engine.plan)
-        if self._num_timed == _TIMED_STEPS:
-            better = planner.plan()
-            if _gain(corrected, better) > _WORTH:
-                self.next_plan = better
-                self._num_wanted += 1
-                return
-        engine.use(corrected)
 
     def _calibrate(self, planner: Planner, engine: ActivationEngine, steps: Steps) -> None:
         """Correct the trace by the step that just ended."""
@@ -109,10 +91,3 @@ class Replanning:
         self._corrected = True
         if not clock.is_full:
             planner.calibrate(engine.plan, steps.last_step_s(), clock)
-
-
-def _gain(now: Plan, other: Plan) -> float:
-    """Return the share of a step that another plan saves, by the predictions of both."""
-    if now.predicted is None or other.predicted is None or now.predicted.step_s <= 0.0:
-        return 0.0
-    return 1.0 - other.predicted.step_s / now.predicted.step_s
