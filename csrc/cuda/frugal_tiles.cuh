@@ -27,10 +27,10 @@
 #define MEMOPT_TILE_STAGES 1
 #endif
 #if !defined(MEMOPT_TILE_THREADS)
-#define MEMOPT_TILE_THREADS 256
+#define MEMOPT_TILE_THREADS 128
 #endif
 #if !defined(MEMOPT_TILE_BLOCKS)
-#define MEMOPT_TILE_BLOCKS 3
+#define MEMOPT_TILE_BLOCKS 7
 #endif
 
 namespace memopt {
