@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _common import provenance, write_json
+from _common import ROOT, provenance, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -200,13 +200,16 @@ def run_apart(way: str, total_bytes: int, repeats: int, end_s: float) -> dict[st
     """Measure in a fresh process, with PyTorch's options where the way asks for them."""
     environment = dict(os.environ)
     environment.pop("PYTORCH_ALLOC_CONF", None)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), environment.get("PYTHONPATH", "")])
+    )
     if way.endswith("options"):
         environment["PYTORCH_ALLOC_CONF"] = torch_options()
     command = [sys.executable, __file__, "--way", way, "--gib", str(total_bytes / GIB)]
     command += ["--repeats", str(repeats), "--end", str(end_s)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"way": way, "failed": done.stderr.strip().splitlines()[-1:]}
+        return {"way": way, "failed": done.stderr.strip().splitlines()[-4:]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
