@@ -115,10 +115,10 @@ def _output(*command: str) -> str:
 
 
 def commit() -> str:
-    """Return the commit that is checked out, "+changes" when the tree differs; from MEMOPT_COMMIT without git."""
-    head = _output("git", "rev-parse", "HEAD")
-    if not head:
-        return os.environ.get("MEMOPT_COMMIT", "unknown")
+    """Return MEMOPT_COMMIT (for a copied tree), else the commit checked out, "+changes" where the tree differs."""
+    head = os.environ.get("MEMOPT_COMMIT") or _output("git", "rev-parse", "HEAD")
+    if not head or os.environ.get("MEMOPT_COMMIT"):
+        return head or "unknown"
     return head + (
         "+changes" if _output("git", "status", "--porcelain", "--untracked-files=no") else ""
     )
