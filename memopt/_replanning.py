@@ -1,11 +1,11 @@
-"""When a session's plan changes: after the traced step, after a timed one, and when gradients stay.
+"""When a session's plan changes: after the traced step, after a timed one, when gradients stay, and over the budget.
 
 Plans switch only at a root forward without a live frame. A step is timed that began with its plan
 in force and no host memory being locked. The first such step gives a new plan. The second, which
 runs that plan, only corrects what it predicts: the less a step waits, the hotter and slower the
-device computes, which no step of another plan can show. (A third plan from these times filled the link to the brim
-and lost more by waiting than it saved: benchmarks/LOG.md.) A step in which something ran forward only
-(an evaluation with gradients, an exception) is timed again in the next one, a few times.
+device computes, which no step of another plan can show. (A third plan from these times filled the link
+to the brim and lost more by waiting than it saved: benchmarks/LOG.md.) A step in which something ran forward
+only (an evaluation with gradients, an exception) is timed again in the next one, a few times.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class Replanning:
                 engine.notes[_WAITING] = None
             return
         stale = planner.sees_gradients(steps.grad_bytes())
+        if not steps.begun and steps.num_steps > self._first_step_of_plan > 0:
+            stale |= planner.sees_peak(engine.plan, steps.last_step_peak_bytes)
         if self._corrected:
             self._corrected = False
             if self._num_timed == 1:
