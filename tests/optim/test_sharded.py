@@ -14,7 +14,7 @@ import torch
 from memopt.optim import Frugal
 
 WORKER = """
-import contextlib, sys, torch, torch.distributed as dist
+import contextlib, os, sys, torch, torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from unittest import mock
 from torch import nn
@@ -187,8 +187,10 @@ for text in sys.argv[3:]:
     print(text, flush=True)
     with contextlib.ExitStack() as patches:
         run(selection, int(width), f"{sys.argv[1]}/{text}", patches)
+dist.barrier()
 dist.destroy_process_group()
-print("fine")
+print("fine", flush=True)
+os._exit(0)  # gloo's threads end some interpreters by an abort
 """
 
 
