@@ -116,9 +116,11 @@ def _output(*command: str) -> str:
 
 def commit() -> str:
     """Return MEMOPT_COMMIT (for a copied tree), else the commit checked out, "+changes" where the tree differs."""
-    head = os.environ.get("MEMOPT_COMMIT") or _output("git", "rev-parse", "HEAD")
-    if not head or os.environ.get("MEMOPT_COMMIT"):
-        return head or "unknown"
+    if named := os.environ.get("MEMOPT_COMMIT"):
+        return named
+    head = _output("git", "rev-parse", "HEAD")
+    if not head:
+        return "unknown"
     return head + (
         "+changes" if _output("git", "status", "--porcelain", "--untracked-files=no") else ""
     )

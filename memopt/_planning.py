@@ -177,30 +177,30 @@ class Planner:
         num_micro_batches = clock.num_micro_batches or self.trace.num_micro_batches
         compute_s = max(0.0, step_s - exposed_s)
         self.trace = recalibrated(self.trace, plan, compute_s, clock.times(), num_micro_batches)
-        was_seen = self._see_link(clock)
+        newly_seen = self._see_link(clock)
         predicted = self._predict(plan)
         if predicted.exposed_s - exposed_s > 0.01 * predicted.step_s:
             self._hardware = self._probed  # the step before was no example: longer, disturbed
             predicted = self._predict(plan)
-        if was_seen or not self._is_link_seen:
+        if not newly_seen:
             self._slow_down_link(predicted, exposed_s)
         self._micro_batches.append(num_micro_batches)
         self.trace = with_micro_batches(self.trace, median_high(self._micro_batches))
 
     def _see_link(self, clock: RegionClock) -> bool:
-        """Take the link's rates from the first step with enough copies; True where an earlier one had them.
+        """Take the link's rates from the first step with enough copies; True in that step.
 
         A probe's large copy alone may be faster: these shared the device's memory with compute.
         """
         out, back = clock.link_bytes_per_s("d2h"), clock.link_bytes_per_s("h2d")
         if self._probed is None or self._is_link_seen or out is None or back is None:
-            return self._is_link_seen
+            return False
         source = f"{self._probed.source}, link as a step's copies showed"
         self._probed = self._hardware = replace(
             self._probed, d2h_bytes_per_s=out, h2d_bytes_per_s=back, source=source
         )
         self._is_link_seen = True
-        return False
+        return True
 
     def _slow_down_link(self, predicted: Prediction, exposed_s: float) -> None:
         """Where transfers held compute up longer than predicted, plan as if the link were slower.
