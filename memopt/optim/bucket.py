@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from memopt.ops.counter_rng import MASK32, key_of
+from memopt.ops.transfer import PinnedRoom
 from memopt.optim.arena import Arena
 from memopt.optim.parts import LeadingRows, Part
 from memopt.optim.rules import StateFullRule
@@ -103,6 +104,7 @@ class Bucket:
         self.refusals: dict[tuple[object, ...], str] = {}
         self.tables: dict[tuple[int, ...], Tables] = {}
         self.clocks: dict[tuple[int, ...], DeviceClock] = {}
+        self.room = PinnedRoom(self.device)  # through which both are written
 
     # ------------------------------------------------------------------ layout
     def _budget(self, density: float, sizes: Sequence[int]) -> int:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from memopt.ops.counter_rng import MASK32
-from memopt.ops.transfer import to_device
+from memopt.ops.transfer import PinnedRoom
 from memopt.optim.rules import StateFullRule
 from memopt.optim.settings import Settings
 
@@ -24,10 +25,11 @@ class DeviceClock:
 
     Args:
         num_tensors: parameters in the table.
-        device: where.
+        room: through which the counters go to their device.
     """
 
-    def __init__(self, num_tensors: int, device: torch.device) -> None:
+    def __init__(self, num_tensors: int, room: PinnedRoom) -> None:
+        self.room, device = room, room.device
         self.lr = torch.zeros(1, dtype=torch.float32, device=device)
         self.steps = torch.zeros(num_tensors, dtype=torch.float32, device=device)
         self.calls = torch.zeros(1, dtype=torch.int64, device=device)
@@ -40,7 +42,7 @@ class DeviceClock:
             self.lr.copy_(lr.view(1))
         else:
             self.lr.fill_(lr)
-        self.steps.copy_(to_device(list(steps), torch.float32, self.steps.device))
+        self.room.copy_into(self.steps, np.array(steps, dtype=np.float32))
         self.calls.fill_(calls)
 
     def tick(self, settings: Settings, full: StateFullRule) -> None:

@@ -231,7 +231,7 @@ def _tick(
 ) -> Tensor:
     clock = bucket.clocks.get(tables.indices)
     if clock is None:
-        clock = bucket.clocks[tables.indices] = DeviceClock(len(tables.indices), bucket.device)
+        clock = bucket.clocks[tables.indices] = DeviceClock(len(tables.indices), bucket.room)
     if is_capturing():
         _note_capture(bucket, tables.indices)
     else:

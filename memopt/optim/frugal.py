@@ -284,8 +284,11 @@ class Frugal(Optimizer):
         device. Step eagerly at least once, capture `step()`, then call this before every replay.
 
         Raises:
-            RuntimeError: where no graph has captured a step since the state was made or loaded.
+            RuntimeError: where no graph has captured a step since the state was made or loaded, and
+                inside a capture.
         """
+        if is_capturing():  # a replay would copy what its host buffers hold by then
+            raise RuntimeError("begin_step() is not for a graph: call it before the replay")
         groups = {group["number"]: group for group in self.param_groups}
         for number in groups.keys() & self._groups.keys():
             self._groups[number].group = groups[number]

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from memopt.ops import frugal_step as op
 from memopt.ops.frugal_draw import draw_of
 from memopt.ops.frugal_step import CHUNK, Kind, Rounding
 from memopt.ops.native import cuda_status
-from memopt.ops.transfer import copy_into
 from memopt.optim.bucket import Bucket, Entry
 from memopt.optim.parts import LeadingRows, Part
 from memopt.optim.rules import StateFreeRule, StateFullRule
@@ -161,14 +161,13 @@ def _write_segments(tables: Tables, bucket: Bucket, layout: Sequence[tuple[Exten
             first += counts[-1]
     assert len(numbers) < tables.segments.numel()
     numbers.frombytes(bytes(8 * (tables.segments.numel() - len(numbers))))
-    copy_into(tables.segments, torch.frombuffer(numbers, dtype=torch.int64).view(-1, op.FIELDS))
+    bucket.room.copy_into(tables.segments, np.frombuffer(numbers, dtype=np.int64))
     capacity = tables.chunks.numel()
     counts += [0] * (tables.segments.shape[0] - len(counts))
     counts[-1] = capacity - first  # the last segment is empty and takes the unused chunks
     if counts != tables.counts:
-        number = torch.arange(len(counts), dtype=torch.int32)
-        chunks = torch.repeat_interleave(number, torch.tensor(counts), output_size=capacity)
-        copy_into(tables.chunks, chunks)
+        chunks = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        bucket.room.copy_into(tables.chunks, chunks)
         tables.counts = counts
 
 

@@ -177,6 +177,11 @@ def test_what_a_graph_would_do_wrong_is_refused(graph):
     graph.recording = False
     params[0].grad = kept
     graph.capture(optimizer.step)
+    graph.recording = True
+    with pytest.raises(RuntimeError, match="not for a graph"):
+        optimizer.begin_step()
+    graph.recording = False
+    assert optimizer.param_groups[0]["calls"] == 1
     with pytest.raises(RuntimeError, match="cannot be moved"):
         optimizer.move_state("meta")
     optimizer.begin_step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memopt.ops.counter_rng import random_subset
 from memopt.ops.frugal_step import CHUNK
@@ -146,3 +147,33 @@ def test_a_switch_draws_in_the_kernel_and_makes_indices_on_demand(native_on_cpu,
         lines = optimizer.state_full_mask(p).all(dim=0 if p.shape[0] >= p.shape[1] else 1)
         assert lines.nonzero().view(-1).equal(chosen)
     assert bucket.parts[0].draw is bucket.parts[1].draw  # one sort where PyTorch draws
+
+
+class Operations(TorchDispatchMode):
+    """Notes what PyTorch is asked to do."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates"])
+def test_a_switch_gives_pytorch_zeroing_and_copies_only(native_on_cpu, selection):
+    """Each operation more is a launch, or host work that PyTorch shares among its threads."""
+    params = [torch.nn.Parameter(torch.randn(32, 24)) for _ in range(40)]
+    optimizer = Frugal(params, selection=selection, update_gap=1, impl="native")
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer.step()
+    with Operations() as operations:
+        optimizer.step()
+    assert optimizer.param_groups[0]["round"] == 2
+    work = {"zero_": 2, "copy_": 2, "frugal_draw": 1, "frugal_step": 1}
+    free = {"view", "lift_fresh", "_record_function_enter_new", "_record_function_exit"}
+    done = [name for name in operations.names if name not in free]
+    assert all(done.count(name) <= work.get(name, 0) for name in done), done
