@@ -126,8 +126,17 @@ class Resources:
         """Whether host memory for the plan in force is still being locked."""
         return self.host is not None and self.host.is_locking
 
+    def lock(self, plan: Plan, trace: StepTrace) -> None:
+        """Begin to lock a plan's host memory, in the background."""
+        if self.host is not None:
+            self.host.reserve(dict(_sizes_on("host", plan, trace)))
+
+    def is_locked(self, at_most_s: float) -> bool:
+        """Wait for what is being locked, for so many seconds; return whether all of it is."""
+        return self.host is None or self.host.settle(at_most_s)
+
     def prepare(self, plan: Plan, trace: StepTrace) -> None:
-        """Give back what only the plan before needed; lock the plan's host memory in the background."""
+        """Give back what only the plan before needed; lock what the plan's host memory lacks."""
         if self.spill is not None:
             self.spill.staging.trim()
         if self.io is not None:
@@ -135,10 +144,9 @@ class Resources:
         if self.host is None:
             return
         torch.cuda.empty_cache()
-        sizes = _sizes_on("host", plan, trace)
-        self.host.reserve(dict(sizes))
+        self.lock(plan, trace)
         if TRIMS_HOST:
-            self.host.trim_beside(sizes)
+            self.host.trim_beside(_sizes_on("host", plan, trace))
 
     def _depth_for(self, sizes: Counter[int]) -> int:
         """Return how many blocks fill the disks with tensors of these sizes; all that is on its way is in staging."""

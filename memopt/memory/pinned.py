@@ -215,16 +215,16 @@ class HostPool:
         with self._returns, self._lock:
             return bool(self._building)
 
-    def settle(self) -> None:
-        """Wait until everything reserved is locked.
+    def settle(self, at_most_s: float | None = None) -> bool:
+        """Wait until everything reserved is locked, or for so many seconds; return whether it is.
 
         Raises:
             MemoryError: the system has no memory for it.
         """
         with self._returns, self._lock:
-            while self._building:
-                self._changed.wait()
+            self._changed.wait_for(lambda: not self._building, at_most_s)
             self._raise_error()
+            return not self._building
 
     def stats(self) -> HostPoolStats:
         """Return the levels now, the peaks, and the time that faulting and locking took."""

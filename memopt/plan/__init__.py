@@ -10,8 +10,16 @@ from __future__ import annotations
 
 from memopt.plan.simulate import predict, predict_plain
 from memopt.plan.smallest import smallest_budget
-from memopt.plan.solve import solve_greedy
+from memopt.plan.solve import solve_greedy, untouched_fits
 from memopt.plan.uniform import uniform_plan
 from memopt.plan.validate import check
 
-__all__ = ["check", "predict", "predict_plain", "smallest_budget", "solve_greedy", "uniform_plan"]
+__all__ = [
+    "check",
+    "predict",
+    "predict_plain",
+    "smallest_budget",
+    "solve_greedy",
+    "uniform_plan",
+    "untouched_fits",
+]

@@ -131,11 +131,13 @@ def test_flash_auto_within_a_budget(model, plain, trace):
         deterministic_flash(),
         memopt.optimize(model, budget=memopt.Budget(device=budget_bytes)) as run,
     ):
-        for step in (0, 1):
+        for step in (0, 1, 0, 1, 0, 1, 0, 1):  # traced, timed, locking, planned, planned again
             loss, grads = loss_and_grads(model, step)
             assert same_bits(loss, plain[step][0])
             assert not unequal(grads, plain[step][1])
             del grads
+        assert run.plan.solver == "greedy"
+        assert run._engine.plan is run.plan, "in force"
         assert run.report().to_dict()["measured"]["device_bytes"] <= budget_bytes
 
 
