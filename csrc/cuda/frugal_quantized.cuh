@@ -2,6 +2,8 @@
 // GPU. One warp handles one block, eight neighbouring elements a lane.
 #pragma once
 
+#include <cfloat>
+
 #include "frugal_math.cuh"
 
 namespace memopt {
@@ -37,10 +39,11 @@ __device__ __forceinline__ uint32_t encode_unsigned(float x, float inverse, floa
   return static_cast<uint32_t>(fminf(fmaxf(level, 0.0f), 255.0f));
 }
 
-__device__ __forceinline__ float warp_max(float x) {
+__device__ __forceinline__ uint32_t warp_max(uint32_t x) {
 #pragma unroll
   for (int distance = 16; distance; distance /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, distance));
+    uint32_t other = __shfl_xor_sync(kAllLanes, x, distance);
+    x = other > x ? other : x;
   }
   return x;
 }
@@ -76,21 +79,29 @@ struct Moment8 {
   }
 
   __device__ void store(int lane, uint32_t tag, uint32_t call_tag, uint64_t slot) {
-    float largest = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) largest = fmaxf(largest, fabsf(value[j]));
-    largest = warp_max(largest);
-    float inverse = largest > 0.0f ? 1.0f / largest : 1.0f;
-    uint2 raw = make_uint2(0, 0);
+    // Magnitudes are in the order of their bits, with infinity and then NaN on top, which fmaxf drops.
+    uint32_t magnitude = 0;
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
-      float random = -1.0f;
-      if (kRounding == MEMOPT_STOCHASTIC) {
-        uint32_t bits = random_bits(tag ^ kMomentTag, call_tag, slot + j);
-        random = static_cast<float>(kSigned ? bits & 0xFFFFu : bits >> 16) * (1.0f / 65536.0f);
+      uint32_t bits = __float_as_uint(value[j]) & 0x7FFFFFFFu;
+      magnitude = bits > magnitude ? bits : magnitude;
+    }
+    float largest = __uint_as_float(warp_max(magnitude));
+    uint2 raw = make_uint2(0, 0);
+    if (isfinite(largest)) {
+      float inverse = largest > 0.0f ? fminf(1.0f / largest, FLT_MAX) : 1.0f;  // 0 * inverse is 0
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        float random = -1.0f;
+        if (kRounding == MEMOPT_STOCHASTIC) {
+          uint32_t bits = random_bits(tag ^ kMomentTag, call_tag, slot + j);
+          random = static_cast<float>(kSigned ? bits & 0xFFFFu : bits >> 16) * (1.0f / 65536.0f);
+        }
+        put_byte(raw, j, kSigned ? encode_signed(value[j], inverse, random)
+                                 : encode_unsigned(value[j], inverse, random));
       }
-      put_byte(raw, j, kSigned ? encode_signed(value[j], inverse, random)
-                               : encode_unsigned(value[j], inverse, random));
+    } else {
+      largest = __uint_as_float(0x7FC00000u);  // NaN: so is all that is read back
     }
     __stcs(reinterpret_cast<uint2*>(codes), raw);
     if (lane == 0) *scale = largest;

@@ -6,6 +6,8 @@ complement), a second moment as its fourth root on 256 levels; code 0 is 0.
 The smallest non-zero code is 6e-5 of the scale for the
 first and 2e-10 for the second moment, and a second moment that is not zero never becomes zero
 (which would turn the step into `m / eps`). Per number: 1 + 4/256 bytes.
+A block with an infinity or NaN gets the scale NaN, and all of it reads back as NaN: a broken
+gradient spreads to its block's other weights, but is never taken for a finite moment.
 Blockwise 8-bit state is from "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861);
 that paper looks codes up in a table, companding needs none.
 """
@@ -40,7 +42,8 @@ def quantize(value: Tensor, *, signed: bool, random: Tensor | None = None) -> tu
         random: uniform numbers in [0, 1), one per element, for stochastic rounding of the codes.
     """
     blocks = _blocks(value)
-    scale = blocks.abs().amax(dim=1, keepdim=True)
+    scale = blocks.abs().amax(dim=1, keepdim=True)  # NaN where the block has one
+    broken = scale.isfinite().logical_not_()
     unit = blocks / torch.where(scale > 0, scale, torch.ones_like(scale))
     if signed:
         level = unit.abs().sqrt_().mul_(127.0).copysign_(unit)
@@ -55,6 +58,8 @@ def quantize(value: Tensor, *, signed: bool, random: Tensor | None = None) -> tu
     else:
         level = torch.where((level == 0) & (blocks > 0), torch.ones_like(level), level)
         codes = level.clamp_(0, 255).to(torch.uint8)
+    codes.masked_fill_(broken, 0)
+    scale.masked_fill_(broken, torch.nan)
     return codes.view(-1)[: value.numel()], scale.view(-1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 
 import pytest
@@ -129,6 +130,40 @@ def test_bfloat16(emulated, selection, rounding):
 def test_8bit(emulated, rounding):
     worst, _ = largest_error(torch.float32, quantize="8bit", rounding=rounding, density=0.4)
     assert worst <= 5e-3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantize": "8bit"},
+        {"quantize": "8bit", "rounding": "stochastic", "selection": "rows"},
+        {"quantize": "8bit", "state_full": "lion"},
+        {"quantize": "8bit", "state_full": "sgdm", "selection": "rows"},
+        {"selection": "rows"},
+        {"selection": "columns"},
+        {"selection": "coordinates", "state_full": "lion"},
+    ],
+)
+def test_broken_gradients_break_the_same_weights(emulated, value, settings):
+    differ, broken = gpu_checks.broken_gradients(value, device="cpu", **settings)
+    assert differ == 0
+    if math.isnan(value):
+        assert broken >= 4
+    if "quantize" in settings and settings.get("state_full") != "lion":
+        assert broken >= 256  # the block's moments are broken, and said to be so
+
+
+def test_8bit_moments_below_the_normal_numbers(emulated):
+    """Where 1 / scale overflows, zeros are still zeros."""
+    p = torch.nn.Parameter(torch.ones(1, 512))
+    p.grad = torch.zeros_like(p)
+    p.grad[0, ::2] = 1e-38
+    optimizer = Frugal([p], quantize="8bit", density=1.0, impl="native")
+    optimizer.step()
+    codes = optimizer._groups[0].buckets[0].arena.arrays["exp_avg"][:512].view(torch.int8)
+    assert not codes[1::2].any()
+    assert (codes[::2] > 0).all()
 
 
 @pytest.mark.slow

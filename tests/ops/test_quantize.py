@@ -69,3 +69,21 @@ def test_stochastic_codes_have_the_right_mean():
     assert torch.stack(levels).mean() == pytest.approx(exact, abs=0.02)
     nearest, _ = quantize(value, signed=True)
     assert abs(float(nearest[1]) - exact) > 0.05
+
+
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_number_breaks_its_block_and_no_other(bad, signed, random):
+    value = torch.rand(3 * BLOCK - 5) + 0.1
+    value[BLOCK + 7] = bad
+    noise = torch.rand(value.numel()) if random else None
+    codes, scales = quantize(value, signed=signed, random=noise)
+    back = dequantize(codes, scales, signed=signed)
+    assert back[BLOCK : 2 * BLOCK].isnan().all()
+    assert scales.isnan().tolist() == [False, True, False]
+    assert not codes[BLOCK : 2 * BLOCK].any()  # the same bytes on every machine
+    finite = torch.cat([back[:BLOCK], back[2 * BLOCK :]])
+    torch.testing.assert_close(
+        finite, torch.cat([value[:BLOCK], value[2 * BLOCK :]]), rtol=0.1, atol=0
+    )

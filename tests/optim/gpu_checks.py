@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from memopt.ops import frugal_step as op
@@ -226,6 +228,31 @@ def draws_equal_reference():
     return wrong + (not torch.equal(ours, again))
 
 
+def broken_gradients(value, device="cuda", **settings):
+    """Return for how many weights native and reference steps differ in being finite, and how many are not.
+
+    One gradient of each parameter is NaN or infinite, once; two good steps follow.
+    """
+    sides, generator = [], torch.Generator(device=device).manual_seed(7)
+    shapes = [(64, 256), (33, 256), (30,), (5, 9000)]
+    if settings.get("selection") == "rows":  # 8-bit blocks must not cross them
+        shapes = [(64, 256), (33, 256), (9, 512), (8, 9216)]
+    for impl in ("native", "reference"):
+        params = make_params(torch.float32, shapes, device=device)
+        optimizer = Frugal(params, lr=1e-2, impl=impl, density=0.5, **settings)
+        sides.append((params, optimizer))
+    for step in range(3):
+        give_grads(sides[0][0], generator)
+        for a, b in zip(sides[0][0], sides[1][0], strict=True):
+            if step == 0:
+                a.grad.view(-1)[a.numel() // 3] = value
+            b.grad = a.grad.clone()
+        for _, optimizer in sides:
+            optimizer.step()
+    finite = [torch.cat([p.detach().isfinite().view(-1) for p in params]) for params, _ in sides]
+    return int((finite[0] != finite[1]).sum()), int((~finite[1]).sum())
+
+
 def memory_of_steps(dtype=torch.bfloat16, **settings):
     """Return (state bytes, bytes allocated by later steps, peak over weights + gradients + state)."""
     params = make_params(dtype, [(4096, 4096)] * 6)
@@ -269,6 +296,15 @@ def run_all():
     for rounding in ("nearest", "stochastic"):
         worst, _ = against_reference(quantize="8bit", rounding=rounding)
         record(f"blocks/8bit/{rounding}", worst, worst <= 5e-3)
+    for value in (math.nan, math.inf, -math.inf):
+        for rounding in ("nearest", "stochastic"):
+            for full in ("adamw", "lion", "sgdm"):
+                differ, broken = broken_gradients(
+                    value, quantize="8bit", rounding=rounding, state_full=full, selection="rows"
+                )
+                # One weight of each parameter at least; more where a block of moments broke.
+                record(f"8bit/{rounding}/{full}/gradient {value}", [differ, broken],
+                       differ == 0 and (broken >= 4 or not math.isnan(value)))  # fmt: skip
     worst, _ = against_reference(torch.float16, rounding="kahan")
     record("blocks/fp16/kahan", worst, worst <= 2**-9)
     worst, _ = against_reference(maximize=True)
