@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memopt.optim import Frugal
+from memopt.optim.selections.axes import carry_chosen
 
 
 def moments(optimizer, p):
@@ -149,3 +150,18 @@ def test_a_parameter_without_a_gradient_keeps_its_basis():
             assert torch.equal(optimizer.state[a]["basis"], old[0]) == (call == 3)
         if call == 4:
             assert not torch.equal(optimizer.state[b]["basis"], old[1])
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((5,), 0), ((5, 3), 0), ((3, 5), 1)])
+def test_carrying_needs_no_look_at_the_device(shape, dim):
+    """Where a size depends on values, a GPU is waited for; tensors without data have no such sizes."""
+    old, new = torch.tensor([1, 4, 6, 7, 9]), torch.tensor([0, 4, 7, 8, 9, 11])
+    moment = torch.randn(shape)
+    moment.view(-1)[-1] = float("inf")  # of 9: what is not carried is 0 all the same
+    carried = carry_chosen(old, new, moment, dim)
+    for at, number in enumerate(new.tolist()):
+        was = (old == number).nonzero().view(-1)
+        entry = carried.select(dim, at)
+        assert entry.equal(moment.select(dim, int(was)) if was.numel() else torch.zeros_like(entry))
+    on_meta = carry_chosen(old.to("meta"), new.to("meta"), moment.to("meta"), dim)
+    assert on_meta.shape == carried.shape

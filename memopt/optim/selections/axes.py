@@ -23,10 +23,21 @@ from memopt.optim.selections.base import Choice, Selection
 from memopt.optim.tensors import share
 
 
-def common_positions(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the positions of the shared entries in two ascending index vectors."""
-    at_new = torch.isin(new, old).nonzero().view(-1)
-    return torch.searchsorted(old, new[at_new]), at_new
+def carry_chosen(old: Tensor, new: Tensor, moment: Tensor, dim: int) -> Tensor:
+    """Return the moment of the entries `new` given that of `old`; 0 for what `old` lacks.
+
+    Args:
+        old: ascending numbers of the entries that were chosen (int64), not none.
+        new: those that are chosen now.
+        moment: floating-point, one entry of `old` at each position along `dim`.
+        dim: 0, or 1 for columns.
+
+    The sizes do not depend on how many stay: no wait for the device.
+    """
+    at = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
+    lacking = old.index_select(0, at) != new
+    carried = moment.index_select(dim, at)
+    return carried.masked_fill_(lacking.unsqueeze(1) if moment.dim() > dim + 1 else lacking, 0.0)
 
 
 @dataclass(frozen=True)
@@ -90,11 +101,8 @@ class ChosenColumns(Drawn):
     def carry(self, old: Part, moment: Tensor, *, signed: bool) -> Tensor:
         """Keep the columns chosen in both rounds."""
         assert isinstance(old, ChosenColumns)
-        at_old, at_new = common_positions(old.index, self.index)
-        new = moment.new_zeros(self.length, self.draw.count)
         before = moment.view(self.length, old.draw.count)
-        new.index_copy_(1, at_new, before.index_select(1, at_old))
-        return new.view(-1)
+        return carry_chosen(old.index, self.index, before, 1).view(-1)
 
 
 class ChosenRows(Drawn):
@@ -131,11 +139,8 @@ class ChosenRows(Drawn):
     def carry(self, old: Part, moment: Tensor, *, signed: bool) -> Tensor:
         """Keep the rows chosen in both rounds."""
         assert isinstance(old, ChosenRows)
-        at_old, at_new = common_positions(old.index, self.index)
-        new = moment.new_zeros(self.draw.count, self.length)
         before = moment.view(old.draw.count, self.length)
-        new.index_copy_(0, at_new, before.index_select(0, at_old))
-        return new.view(-1)
+        return carry_chosen(old.index, self.index, before, 0).view(-1)
 
 
 def chosen_lines(choices: Sequence[Choice], dims: Sequence[int]) -> list[Part]:

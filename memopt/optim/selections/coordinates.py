@@ -21,7 +21,7 @@ from torch import Tensor
 
 from memopt.ops.counter_rng import bits_at, random_bits
 from memopt.optim.parts import IndexCut, LeadingRows, Part, Tile
-from memopt.optim.selections.axes import common_positions
+from memopt.optim.selections.axes import carry_chosen
 from memopt.optim.selections.base import Choice, Selection
 from memopt.optim.tensors import share
 
@@ -93,10 +93,7 @@ class Strata(Part):
     def carry(self, old: Part, moment: Tensor, *, signed: bool) -> Tensor:
         """Keep the elements chosen in both rounds."""
         assert isinstance(old, Strata)
-        at_old, at_new = common_positions(old.index(0, old.count), self.index(0, self.count))
-        new = moment.new_zeros(self.count)
-        new.index_copy_(0, at_new, moment.index_select(0, at_old))
-        return new
+        return carry_chosen(old.index(0, old.count), self.index(0, self.count), moment, 0)
 
 
 class Coordinates(Selection):
