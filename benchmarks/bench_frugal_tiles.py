@@ -3,10 +3,12 @@
     python benchmarks/bench_frugal_tiles.py --build .native/tiles             # anywhere with nvcc
     python benchmarks/bench_frugal_tiles.py --libraries .native/tiles --out tiles.json   # on a GPU
 
-`--build` compiles one library a variant of `VARIANTS` (csrc/cuda/frugal_tiles.cuh names the numbers)
-and, with `--before SOURCES`, one of another csrc/cuda directory. The measurement runs each library in
-a process of its own: the update of columns and coordinates against PyTorch's, then the step's time
-for the 1.24 B parameters of Llama-3.2-1B, all split. Blocks are timed as the control: no variant changes them.
+`--build` compiles one library a variant of `VARIANTS` (csrc/cuda/frugal_tiles.cuh names the numbers).
+The measurement runs each library in a process of its own: the update of columns and coordinates
+against PyTorch's, then the step's time for the 1.24 B parameters of Llama-3.2-1B, all split. Blocks
+are timed as the control: no variant changes them. To have other sources beside the variants, call
+`python tools/build_cuda.py --out .../.native/tiles/NAME` in their checkout; they must read the tables
+that this checkout writes, which the comparison with PyTorch tells.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -39,29 +40,18 @@ VARIANTS = {
 CASES = ("frugal all", "frugal columns", "frugal rows", "frugal coordinates")
 
 
-def build(out: Path, before: Path | None) -> None:
+def build(out: Path) -> None:
     """Compile every variant into a directory of its name."""
     for name in VARIANTS:
         flags = " ".join(f"-D{define}" for define in defines_of(name))
-        compile_library(ROOT, out / name, {"NVCC_APPEND_FLAGS": flags})
-    if before is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            for part in ("tools", "csrc"):
-                shutil.copytree(ROOT / part, Path(folder) / part)
-            shutil.copytree(before, Path(folder) / "csrc/cuda", dirs_exist_ok=True)
-            compile_library(Path(folder), out / "before", {})
+        command = [sys.executable, str(ROOT / "tools/build_cuda.py"), "--out", str(out / name)]
+        subprocess.run(command, check=True, env={**os.environ, "NVCC_APPEND_FLAGS": flags})
+        shutil.rmtree(out / name / "objects")
 
 
 def defines_of(variant: str) -> tuple[str, ...]:
     """Return what csrc/cuda/frugal_tiles.cuh is compiled with."""
     return tuple(f"MEMOPT_TILE_{n}={v}" for n, v in zip(NAMES, VARIANTS[variant], strict=True))
-
-
-def compile_library(root: Path, out: Path, more: dict[str, str]) -> None:
-    """Run the build script of a source tree."""
-    command = [sys.executable, str(root / "tools/build_cuda.py"), "--out", str(out)]
-    subprocess.run(command, check=True, env={**os.environ, **more})
-    shutil.rmtree(out / "objects")
 
 
 def measure_one() -> dict[str, Any]:
@@ -121,7 +111,6 @@ def main() -> None:
     """Parse arguments; build, measure, or be the process of one library."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--build", type=Path, help="compile the variants into this directory")
-    parser.add_argument("--before", type=Path, help="another csrc/cuda to compile beside them")
     parser.add_argument("--libraries", type=Path, help="measure what was compiled into this")
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     parser.add_argument(
@@ -132,7 +121,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure_one()))
     elif options.build:
-        build(options.build, options.before)
+        build(options.build)
     elif options.libraries and options.out:
         raise SystemExit(min(1, measure(options.libraries, options.out, options.limit_s)))
     else:
