@@ -19,11 +19,11 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self):
+    def __init__(self, layers=4):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(11, 8)
-        self.layers = nn.ModuleList([Layer() for _ in range(4)])
+        self.layers = nn.ModuleList([Layer() for _ in range(layers)])
         self.norm = nn.LayerNorm(8)
         self.head = nn.Linear(8, 11, bias=False)
 
@@ -76,16 +76,17 @@ def test_galore():
         galore(frugal_groups(Model()), rank=8)
 
 
-def test_badam():
-    model, gap = Model(), 3
-    optimizer = badam(frugal_groups(model), lr=0.01, num_blocks=4, switch_every=gap)
+@pytest.mark.parametrize("layers", [2, 3, 4, 7])  # 1/3 and 1/7 are no exact densities
+def test_badam(layers):
+    model, gap = Model(layers), 3
+    optimizer = badam(frugal_groups(model), lr=0.01, num_blocks=layers, switch_every=gap)
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if n.startswith("layers")}
     memory = {}
-    for step in range(4 * gap * 2 + 2):
+    for step in range(layers * gap * 2 + 2):
         give_grads(model, step)
         if step % gap == 0:
             memory = {}
-        active = (step // gap) % 4
+        active = (step // gap) % layers
         for name, w in weights.items():
             if name.startswith(f"layers.{active}."):
                 m, v = memory.setdefault(name, (torch.zeros_like(w), torch.zeros_like(w)))

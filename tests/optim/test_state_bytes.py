@@ -149,11 +149,17 @@ def test_peak_during_a_step(selection):
 def test_a_switch_allocates_nothing_that_stays(selection, on_switch):
     params = [torch.nn.Parameter(torch.randn(64, 48)) for _ in range(5)]
     optimizer = Frugal(params, selection=selection, update_gap=2, on_switch=on_switch)
-    addresses = set()
+    addresses, sizes = set(), set()
     for _ in range(7):
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer.step()
         (bucket,) = optimizer._groups[0].buckets
         addresses.add(tuple(array.data_ptr() for array in bucket.arena.arrays.values()))
+        values = [value for state in optimizer.state.values() for value in state.values()]
+        held = {x.untyped_storage() for x in values if isinstance(x, torch.Tensor)}
+        held_bytes = {storage.data_ptr(): storage.nbytes() for storage in held}
+        sizes.add((optimizer.state_bytes(), sum(held_bytes.values())))
     assert len(addresses) == 1
+    elements = 64 * 48 * 5  # a quarter of every side is whole
+    assert sizes == {(8 * elements // 4, 8 * elements // 4)}

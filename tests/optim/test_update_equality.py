@@ -120,13 +120,44 @@ def test_complement_stays_out_of_the_subspace(complement):
         assert leak > 1e-4
 
 
-def test_nan_gradient_is_not_hidden():
-    for rule in ("adamw", "lion"):
-        p = torch.nn.Parameter(torch.ones(4, 4))
-        optimizer = Frugal([p], lr=0.1, density=0.5, selection="columns", state_full=rule)
-        p.grad = torch.full((4, 4), float("nan"))
+@pytest.mark.parametrize("impl", ["reference", "foreach"])
+@pytest.mark.parametrize("quantize", [None, "8bit"])
+@pytest.mark.parametrize("free", ["sign", "sgd", "column_normalized"])
+@pytest.mark.parametrize("full", ["adamw", "lion", "sgdm"])
+@pytest.mark.parametrize("selection", ["blocks", "columns", "rows", "coordinates", "random"])
+def test_nan_gradient_is_not_hidden(selection, full, free, quantize, impl):
+    """The weights with NaN in their gradient are NaN at once, and stay so."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.ones(12, 40)) for _ in range(2)]
+    optimizer = Frugal(params, lr=0.1, density=0.5, selection=selection, state_full=full,
+                       state_free=free, quantize=quantize, impl=impl)  # fmt: skip
+    for step in range(3):
+        for p in params:
+            p.grad = torch.randn(12, 40)
+            if step == 1:
+                p.grad[:, ::7] = float("nan")
         optimizer.step()
-        assert p.isnan().all()
+        for p in params:
+            assert p[:, ::7].isnan().all() if step else p.isfinite().all()
+
+
+@pytest.mark.parametrize("full", ["adamw", "lion", "sgdm"])
+@pytest.mark.parametrize("impl", ["reference", "foreach"])
+def test_the_moments_of_a_nan_gradient_say_so(full, impl):
+    """In 8 bits its whole block does: one scale is all that a block has for what is no number."""
+    p = torch.nn.Parameter(torch.ones(4, 256))
+    p.grad = torch.randn(4, 256)
+    p.grad[1, 5] = float("nan")
+    optimizer = Frugal([p], density=1.0, state_full=full, quantize="8bit", impl=impl)
+    optimizer.step()
+    arena = optimizer._groups[0].buckets[0].arena
+    for moment in arena.load(0, p.numel(), torch.float32):
+        assert moment.view(4, 256).isnan().any(dim=1).tolist() == [False, True, False, False]
+        assert moment.view(4, 256)[1].isnan().all()
+    p.data.fill_(1.0)
+    p.grad = torch.randn(4, 256)
+    optimizer.step()
+    assert p.isnan().any(dim=1).tolist() == [False, True, False, False]
 
 
 def test_sign_of_zero_is_zero():

@@ -90,7 +90,18 @@ def adafrugal(
     schedule: dict[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[Frugal, AdaFrugalSchedule]:
-    """Return (optimizer, schedule); `schedule` holds arguments of `AdaFrugalSchedule`."""
+    """Return AdaFRUGAL over the split groups of `frugal_groups`, and the schedule to step with it.
+
+    Args:
+        groups: parameter groups, or parameters: one group, all of it split.
+        lr: learning rate.
+        schedule: arguments of `AdaFrugalSchedule`; the larger of its densities sizes the state.
+        **settings: further arguments of `Frugal`.
+
+    Returns:
+        (optimizer, schedule): call `schedule.step()` after every `optimizer.step()`, and
+        `schedule.validated(loss)` with each validation loss.
+    """
     schedule = schedule or {}
     start = float(schedule.get("density_start", 0.25))
     largest = max(start, float(schedule.get("density_end", 0.05)))
