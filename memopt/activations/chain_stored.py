@@ -28,7 +28,7 @@ class ChainStored:
     def __init__(self, source: Tensor, transfers: CudaTransfers, extent: Any) -> None:
         assert transfers.spill is not None
         assert transfers.chain is not None
-        self.nbytes = nbytes_of(source)
+        self.nbytes = self.fetch_bytes = nbytes_of(source)
         self._transfers = transfers
         self._area = transfers.spill
         self._chain: Chain = transfers.chain

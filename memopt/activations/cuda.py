@@ -228,6 +228,9 @@ class CudaTransfers:
         The host queues kernels far ahead of the device, so without this a full window would stay
         allocated through the whole backward.
         """
+        if self._outgoing and self._outgoing[-1].done.query():  # the last of its stream
+            while self._outgoing:
+                self._drop(self._outgoing.popleft())
         while self._outgoing:
             self._retire(self._outgoing.popleft(), "drain")
 
@@ -309,7 +312,7 @@ class HostStored:
     def __init__(
         self, source: Tensor, buffer: HostBuffer, outgoing: Outgoing, transfers: CudaTransfers
     ) -> None:
-        self.nbytes = nbytes_of(source)
+        self.nbytes = self.fetch_bytes = nbytes_of(source)
         self._shape = source.shape
         self._stride = source.stride()
         self._dtype = source.dtype

@@ -30,7 +30,7 @@ class CudaSpillStored:
         self, source: Tensor, transfers: CudaTransfers, extent: Any, outgoing: Outgoing, ticket: Any
     ) -> None:
         assert transfers.spill is not None
-        self.nbytes = nbytes_of(source)
+        self.nbytes = self.fetch_bytes = nbytes_of(source)
         self._area: SpillArea = transfers.spill
         self._transfers = transfers
         self._extent = extent

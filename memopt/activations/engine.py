@@ -25,7 +25,7 @@ from memopt.activations.modes import MIN_MOVE_BYTES, ForwardMode, Place
 from memopt.activations.patch import PatchedForward
 from memopt.activations.regions import is_flat_sequential
 from memopt.activations.runs import RunsPatch
-from memopt.activations.shared_inputs import SharedInput, SharedInputs
+from memopt.activations.shared_inputs import SharedInputs
 from memopt.activations.skips import Readers, RegionSkips
 from memopt.activations.stored import Checked, Label, Stored
 from memopt.activations.tensors import is_dense, is_plain, nbytes_of
@@ -393,15 +393,10 @@ class ActivationEngine:
                 self._fetch_ahead(previous)
 
     def _fetch_ahead(self, frame: Frame) -> None:
-        """Start fetches for the region that backward reaches next, whole tensors, in a window.
-
-        What many regions take (rotary tables, masks) is on its way once for all of them and in no
-        plan's window: counting it here would leave the last tensor of every region behind.
-        """
+        """Start fetches for the region that backward reaches next, whole tensors, in a window."""
         left = self.plan.prefetch_bytes
         for stored in frame.waiting():
-            shared = isinstance(stored, SharedInput) and stored.is_shared
-            left -= 0 if shared else stored.nbytes
+            left -= stored.fetch_bytes
             if left < 0:
                 return
             stored.prefetch()

@@ -21,9 +21,14 @@ class SharedInput:
         self._landed: Tensor | None = None
 
     @property
-    def is_shared(self) -> bool:
-        """Whether other regions wait for it too, or it is on the device for one that did."""
-        return self.num_users > 1 or self._landed is not None
+    def fetch_bytes(self) -> int:
+        """None where other regions wait for it too, or it is on the device for one that did.
+
+        What many regions take (rotary tables, masks) is on its way once for all of them and in no
+        plan's window: counting it there would leave the last tensor of every region behind.
+        """
+        is_shared = self.num_users > 1 or self._landed is not None
+        return 0 if is_shared else self._stored.fetch_bytes
 
     def prefetch(self) -> int:
         """Start the fetch unless a region still holds the landed tensor."""

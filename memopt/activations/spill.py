@@ -243,7 +243,7 @@ class SpillStored:
     """One tensor in an extent, stored from and returned to CPU memory."""
 
     def __init__(self, tensor: Tensor, area: SpillArea, extent: Any, moved: Moved) -> None:
-        self.nbytes = nbytes_of(tensor)
+        self.nbytes = self.fetch_bytes = nbytes_of(tensor)
         self._area = area
         self._extent = extent
         self._moved = moved

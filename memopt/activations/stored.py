@@ -32,6 +32,10 @@ class Stored(Protocol):
 
     nbytes: int
 
+    @property
+    def fetch_bytes(self) -> int:
+        """Device bytes that fetching it takes: none for what is there."""
+
     def prefetch(self) -> int:
         """Start bringing the tensor to the device; return the device bytes this took."""
 
@@ -69,6 +73,8 @@ class DeviceStored:
         self._private = clone_first
         self._tensor: Tensor | None = tensor.clone() if clone_first else shared_alias(tensor)
         self._version = version_of(self._tensor)
+
+    fetch_bytes = 0
 
     def prefetch(self) -> int:
         """Return 0: it is on the device."""
@@ -108,7 +114,7 @@ class DeviceStored:
 class Hollow:
     """Stands for an op output that nothing needs."""
 
-    nbytes = 0
+    nbytes = fetch_bytes = 0
 
     def __init__(self, tensor: Tensor) -> None:
         self._shape, self._stride = tensor.shape, tensor.stride()
@@ -146,6 +152,11 @@ class Checked:
         self._inner = inner
         self._label = label
         self._digest = digest(source)
+
+    @property
+    def fetch_bytes(self) -> int:
+        """Pass on."""
+        return self._inner.fetch_bytes
 
     def prefetch(self) -> int:
         """Pass on."""
