@@ -32,9 +32,8 @@ _MAX_RETRIES = 3
 _LEAST_GAIN = 0.005
 """Of a step's time: for less, the plan in force stays. A new one rehearses, and may lock more host memory."""
 
-_LEAST_WAIT_S = 0.1
-_WAIT_SHARE = 0.25
-"""Of the last step's time: that long a step waits for host memory before it begins without it."""
+_WAIT_S = 0.1
+"""That long a step waits for host memory before it begins without it."""
 
 _WAITING = (
     "a new plan waited because the graph of an earlier step was still alive (a kept loss or output); "
@@ -80,7 +79,7 @@ class Replanning:
                 engine.notes[_WAITING] = None
             return
         self._plan(planner, engine, steps)
-        if self.next_plan is not None and self._is_ready(planner, self.next_plan, resources, steps):
+        if self.next_plan is not None and self._is_ready(planner, self.next_plan, resources):
             engine.use(self.next_plan)
             resources.prepare(self.next_plan, planner.trace)
             engine.time_regions(None)
@@ -109,7 +108,7 @@ class Replanning:
             else:
                 engine.use(now)
 
-    def _is_ready(self, planner: Planner, plan: Plan, resources: Resources, steps: Steps) -> bool:
+    def _is_ready(self, planner: Planner, plan: Plan, resources: Resources) -> bool:
         """Whether the plan's host memory is locked, or its user asked for that very plan: else it is begun."""
         if not planner.is_free:
             return True
@@ -117,7 +116,7 @@ class Replanning:
         if self._locking is not plan:
             self._locking = plan
             resources.lock(plan, planner.trace)
-            wait_s = max(_LEAST_WAIT_S, _WAIT_SHARE * steps.last_step_s())
+            wait_s = _WAIT_S
         return resources.is_locked(wait_s)
 
     def _time(

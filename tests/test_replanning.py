@@ -105,7 +105,7 @@ def test_a_plan_waits_until_its_memory_is_locked():
     loop.run(8)
     assert loop.used[0] == (5, "0.9 s")
     assert loop.began_locking == [2], "once"
-    assert loop.waits == [0.25, 0.0, 0.0, 0.0], "a part of one step, and no other step waits"
+    assert loop.waits == [0.1, 0.0, 0.0, 0.0], "one step waits, and not for long"
     assert loop.timed == [1, 6, 7], "not while memory is locked"
 
 

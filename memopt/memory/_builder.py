@@ -2,6 +2,9 @@
 
 A slab is faulted in by pieces, by all threads at once; whoever finishes the last piece registers the slab. So one slab
 is ready as fast as the machine can make it, and many slabs overlap faulting with registration.
+
+That is the pace while somebody waits for memory. Else it is calm: a call that registers holds up every other CUDA call
+of the process, so they follow one another with a pause as long as the call was, in which the program queues its work.
 """
 
 from __future__ import annotations
@@ -9,8 +12,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from memopt.memory._cudart import Cudart
@@ -19,6 +23,9 @@ from memopt.memory._slab import Slab
 __all__ = ["SlabBuilder", "unlock"]
 
 _PIECE_BYTES = 64 << 20
+_LOOK_S = 0.005
+"""How long a pause may go on after somebody has begun to wait."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -44,6 +51,8 @@ class SlabBuilder:
         self._cudart = cudart
         self._workers: ThreadPoolExecutor | None = None
         self._books = threading.Lock()
+        self._turn = threading.Lock()
+        self._num_waiting = 0
 
     def start(self, slab: Slab, done: Callable[[Slab, BaseException | None], None]) -> None:
         """Return at once; ``done(slab, error)`` is called by a worker thread."""
@@ -54,10 +63,22 @@ class SlabBuilder:
         for begin in begins:
             self._workers.submit(self._piece, job, begin)
 
+    @contextmanager
+    def hurry(self) -> Iterator[None]:
+        """Somebody waits for slabs inside: no pauses."""
+        with self._books:
+            self._num_waiting += 1
+        try:
+            yield
+        finally:
+            with self._books:
+                self._num_waiting -= 1
+
     def stop(self) -> None:
         """End the threads; nothing is on its way any more."""
         if self._workers is not None:
-            self._workers.shutdown(wait=True)
+            with self.hurry():
+                self._workers.shutdown(wait=True)
             self._workers = None
 
     def _piece(self, job: _Job, begin: int) -> None:
@@ -75,12 +96,22 @@ class SlabBuilder:
             job.num_left -= 1
             if job.num_left:
                 return
-        try:
-            if job.error is None:
-                self._lock(job.slab)
-        except BaseException as failure:  # noqa: BLE001 - as above: nobody may wait for a slab for ever
-            job.error = failure
-        job.done(job.slab, job.error)
+        with nullcontext() if self._num_waiting else self._turn:
+            start = time.perf_counter()
+            try:
+                if job.error is None:
+                    self._lock(job.slab)
+            except BaseException as failure:  # noqa: BLE001 - as above: nobody may wait for a slab for ever
+                job.error = failure
+            took_s = time.perf_counter() - start
+            job.done(job.slab, job.error)
+            self._pause(took_s)
+
+    def _pause(self, seconds: float) -> None:
+        """Let the program's CUDA calls through, unless somebody waits for memory."""
+        end = time.perf_counter() + seconds
+        while not self._num_waiting and (left := end - time.perf_counter()) > 0.0:
+            time.sleep(min(left, _LOOK_S))
 
     def _lock(self, slab: Slab) -> None:
         if self._cudart is None or self.unlocked_reason:

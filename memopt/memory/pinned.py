@@ -147,7 +147,8 @@ class HostPool:
                     if not wait:
                         self._raise_error()
                         return None
-                    self._changed.wait()
+                    with self._builder.hurry():
+                        self._changed.wait()
                     self._raise_error()
                 elif self._call_back():
                     continue
@@ -222,7 +223,8 @@ class HostPool:
             MemoryError: the system has no memory for it.
         """
         with self._returns, self._lock:
-            self._changed.wait_for(lambda: not self._building, at_most_s)
+            with self._builder.hurry():
+                self._changed.wait_for(lambda: not self._building, at_most_s)
             self._raise_error()
             return not self._building
 
@@ -260,8 +262,9 @@ class HostPool:
             return
         with self._returns, self._lock:
             self._call_back()
-            while self._building or self._trimmer.is_busy:
-                self._changed.wait()
+            with self._builder.hurry():
+                while self._building or self._trimmer.is_busy:
+                    self._changed.wait()
             self._returns.enter_all()
             self._closed = True
             cooling = list(self._cooling)

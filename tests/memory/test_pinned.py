@@ -662,3 +662,55 @@ def test_random_use_against_model(steps, cap_pages):
 
 def test_page_size_is_the_machines():
     assert _slab.PAGE_BYTES == mmap.PAGESIZE
+
+
+class SlowCudart(FakeCudart):
+    """Registering takes 50 ms; notes when each call began and ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spans: list[tuple[float, float]] = []
+
+    def host_register(self, address, nbytes):
+        begin = time.perf_counter()
+        time.sleep(0.05)
+        self.spans.append((begin, time.perf_counter()))
+        return super().host_register(address, nbytes)
+
+
+def test_locking_leaves_the_program_time_while_nobody_waits():
+    cudart = SlowCudart()
+    with HostPool(8 * MIB, register=True, chunk_bytes=MIB, cudart=cudart) as pool:
+        pool.reserve({MIB: 6})
+        while pool.is_locking:
+            time.sleep(0.01)  # the program's own work
+        spans = sorted(cudart.spans)
+    assert len(spans) == 6
+    for (begin, end), (after, _) in itertools.pairwise(spans):
+        assert after - end >= 0.8 * (end - begin), "a pause as long as the call"
+
+
+@pytest.mark.parametrize("how", ["settle", "take", "close"])
+def test_locking_is_as_fast_as_it_can_be_for_who_waits(how):
+    cudart = SlowCudart()
+    with HostPool(20 * MIB, register=True, chunk_bytes=MIB, cudart=cudart) as pool:
+        pool.reserve({MIB: 20})
+        begin = time.perf_counter()
+        if how == "settle":
+            assert pool.settle()
+        elif how == "take":
+            for _ in range(20):
+                pool.take(MIB)
+        else:
+            pool.close()
+        seconds = time.perf_counter() - begin
+    assert cudart.count("register") == 20
+    assert seconds < 1.2, "20 calls of 50 ms without pauses, and most of them beside others"
+
+
+def test_who_waits_for_a_moment_only_is_told_that_it_was_not_enough():
+    cudart = SlowCudart()
+    with HostPool(8 * MIB, register=True, chunk_bytes=MIB, cudart=cudart) as pool:
+        pool.reserve({MIB: 8})
+        assert not pool.settle(0.01)
+        assert pool.settle(10.0)
