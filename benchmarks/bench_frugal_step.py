@@ -4,7 +4,8 @@
 
 Builds the native library if it is missing, checks it, then measures in one run: the device's copy
 bandwidth, torch's AdamW (fused, foreach) and SGD, FRUGAL with all parameters split and with
-`frugal_groups`, its switch step, its first step, and every peer that can be imported. Times are
+`frugal_groups`, its switch step, its first step, every peer that can be imported, and at the end
+torch's Muon and memopt's GaLore (between switches). Times are
 medians of blocks of consecutive steps between two CUDA events, after a warm-up; `host_ms` is what
 one call costs the host. Claims checked are in `CLAIMS`; the exit status says whether they hold.
 """
@@ -31,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from memopt.ops import cuda_status  # noqa: E402
 from memopt.optim import Frugal  # noqa: E402
+from memopt.optim.presets import galore  # noqa: E402
 
 CLAIMS = {"bf16 all": 0.55, "fp32 all": 0.55, "bf16 groups": 0.55, "fp32 groups": 0.66}
 DENSITY = 0.25
@@ -251,6 +253,21 @@ def peer_cases() -> dict[str, Callable[[dict[str, torch.nn.Parameter]], torch.op
     return cases
 
 
+def slow_cases() -> dict[str, Callable[[dict[str, torch.nn.Parameter]], torch.optim.Optimizer]]:
+    """Return methods that multiply matrices in every step; they come last, for the time they take."""
+
+    def rank_512(p: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+        rank = min(512, min(min(q.shape) for q in p.values() if q.dim() == 2) // 2)
+        return galore(groups_of(p), lr=1e-4, rank=rank, update_gap=10**6)
+
+    cases = {"GaLore r512, memopt's": rank_512}
+    if hasattr(torch.optim, "Muon"):  # torch 2.9
+        cases["torch Muon, matrices"] = lambda p: torch.optim.Muon(
+            [q for q in p.values() if q.dim() == 2], lr=1e-4
+        )
+    return cases
+
+
 def svd_switch(timer: Timer, dtype: torch.dtype, device: str) -> dict[str, float]:
     """Time the first (switch) step and a later step of selection svd for one block's matrices."""
     shapes = {n: s for n, s in llama_shapes(layers=1, vocab=64).items() if len(s) == 2}
@@ -358,13 +375,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         save(results, options.out)
         sys.stdout.write(f"checks failed: {results['failed_checks']}\n")
     results["copy_bytes_per_s"] = copy_bandwidth(timer, device, 1 << (20 if options.tiny else 32))
-    cases = peer_cases() | frugal_cases()
+    cases = peer_cases() | frugal_cases() | slow_cases()
     for label, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         times = results["times"].setdefault(label, {})
         for name, make in cases.items():
             only_low = any(
-                word in name for word in ("stochastic", "kahan", "bitsandbytes", "torchao", "Flash")
-            )
+                word in name
+                for word in (
+                    "stochastic", "kahan", "bitsandbytes", "torchao", "Flash", "GaLore", "Muon",
+                )
+            )  # fmt: skip
             if (label == "fp32" and only_low) or (device == "cpu" and "fused" in name):
                 continue
             if time.perf_counter() - begin > options.limit_s:

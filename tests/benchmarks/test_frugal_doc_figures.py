@@ -54,6 +54,16 @@ def test_step_times():
         assert cells == wanted, label
 
 
+def test_first_steps_and_svd():
+    found = json.loads((RESULTS / "frugal_step_h200_20261128.json").read_text())
+    first, svd = found["cold_first_step_ms"], found["svd, one block of seven matrices"]
+    text = (ROOT / "docs" / "frugal.md").read_text().replace("\n", " ")
+    ours, theirs = first["frugal all"], first["torch AdamW fused"]
+    assert f"process took {ours:.0f} ms, AdamW's {theirs:.0f}:" in text
+    assert f"take {svd['switch_ms']:.0f} ms at a switch and {svd['step_ms']:.1f} ms in" in text
+    assert 4.5 < 16 * svd["switch_ms"] / 1e3 < 5.5
+
+
 def test_quality():
     runs = json.loads((RESULTS / "frugal_quality_h200.json").read_text())["runs"]
     for method, (lr, *cells, state) in table("| method | lr | validation").items():
