@@ -6,6 +6,9 @@ import copy
 import gc
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,3 +186,28 @@ def test_copies_on_two_streams_are_both_waited_for():
     torch.cuda.synchronize()
     assert one.eq(1).all()
     assert two.eq(2).all()
+
+
+FORKS = """
+import gc, os, sys
+import numpy, torch
+from memopt.ops.transfer import PinnedRoom
+
+room = PinnedRoom(torch.device("cuda", 0))
+target = torch.zeros(8, dtype=torch.int64, device="cuda:0")
+room.copy_into(target, numpy.arange(8))
+torch.cuda.synchronize()
+pid = os.fork()
+if pid == 0:
+    del room
+    gc.collect()
+    os._exit(0)
+sys.exit(os.waitpid(pid, 0)[1] != 0)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_forked_child_survives_the_end_of_a_room_it_inherited():
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", FORKS], check=True, cwd=root, timeout=120)
