@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from memopt.optim import Frugal
+from memopt.optim.selections import coordinates
 from memopt.optim.selections.axes import carry_chosen
+from tests.optim.test_state_bytes import LiveBytes
 
 
 def moments(optimizer, p):
@@ -165,3 +167,31 @@ def test_carrying_needs_no_look_at_the_device(shape, dim):
         assert entry.equal(moment.select(dim, int(was)) if was.numel() else torch.zeros_like(entry))
     on_meta = carry_chosen(old.to("meta"), new.to("meta"), moment.to("meta"), dim)
     assert on_meta.shape == carried.shape
+
+
+@pytest.mark.parametrize("counts", [(250, 250), (250, 90), (90, 250), (1, 250), (999, 1), (7, 998)])
+@pytest.mark.parametrize("run", [1, 7, 1000])
+def test_strata_are_carried_run_by_run(monkeypatch, counts, run):
+    """As if all indices were compared at once."""
+    monkeypatch.setattr(coordinates, "CARRIED", run)
+    for key in range(5):
+        old, new = (
+            coordinates.Strata(10 * key + i, 1000, count, torch.device("cpu"))
+            for i, count in enumerate(counts)
+        )
+        every = old.index(0, old.count)
+        assert [old.stratum_of(element) for element in every.tolist()] == list(range(old.count))
+        moment = torch.rand(old.count) + 1.0
+        wanted = torch.zeros(1000).index_copy_(0, every, moment)
+        carried = new.carry(old, moment, signed=True)
+        assert carried.equal(wanted[new.index(0, new.count)])
+
+
+def test_carrying_strata_takes_the_memory_of_a_run(monkeypatch):
+    monkeypatch.setattr(coordinates, "CARRIED", 1 << 12)
+    old, new = (coordinates.Strata(i, 1 << 20, 1 << 18, torch.device("cpu")) for i in range(2))
+    moment = torch.rand(old.count)
+    with LiveBytes() as counter:
+        new.carry(old, moment, signed=True)
+    over = counter.peak - 4 * (old.count + new.count)  # the moments themselves
+    assert 0 < over < 150 * (1 << 12)  # indices: 8 bytes, several of them

@@ -25,6 +25,7 @@ from memopt.optim.selections.axes import carry_chosen
 from memopt.optim.selections.base import Choice, Selection
 from memopt.optim.tensors import share
 
+CARRIED = 1 << 19  # strata whose elements are compared at a time when moments are carried
 _OFFSET_INDEX = (1 << 40) + 1  # a hash position that no stratum uses
 
 
@@ -54,6 +55,10 @@ class Strata(Part):
         if stratum >= self.count:
             return self.size
         return (stratum * self.size + self.offset) // self.count
+
+    def stratum_of(self, element: int) -> int:
+        """Return the stratum that an element lies in."""
+        return max(0, ((element + 1) * self.count - 1 - self.offset) // self.size)
 
     def index(self, first: int, last: int) -> Tensor:
         """Return the chosen element of strata [first, last), ascending (int64)."""
@@ -93,7 +98,14 @@ class Strata(Part):
     def carry(self, old: Part, moment: Tensor, *, signed: bool) -> Tensor:
         """Keep the elements chosen in both rounds."""
         assert isinstance(old, Strata)
-        return carry_chosen(old.index(0, old.count), self.index(0, self.count), moment, 0)
+        new = moment.new_empty(self.count)
+        for first in range(0, self.count, CARRIED):  # indices are 64-bit: not all of them at once
+            last = min(self.count, first + CARRIED)
+            low = old.stratum_of(self.begin(first))
+            high = old.stratum_of(self.begin(last) - 1) + 1
+            chosen, before = self.index(first, last), old.index(low, high)
+            new[first:last] = carry_chosen(before, chosen, moment[low:high], 0)
+        return new
 
 
 class Coordinates(Selection):
