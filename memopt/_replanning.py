@@ -29,7 +29,7 @@ _TIMES_FROM = 2
 
 _TIMED_STEPS = 2
 _MAX_RETRIES = 3
-_LEAST_GAIN = 0.005
+_LEAST_GAIN = 0.01
 """Of a step's time: for less, the plan in force stays. A new one rehearses, and may lock more host memory."""
 
 _WAIT_S = 0.1

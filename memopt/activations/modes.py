@@ -216,7 +216,8 @@ class ForwardMode(_RegionMode):
     def _store_one(
         self, output: Tensor, placement: Placement, label: Label, fragile: bool
     ) -> Stored | None:
-        if placement == "device" or nbytes_of(output) < MIN_MOVE_BYTES:
+        stays = placement == "device" or nbytes_of(output) < MIN_MOVE_BYTES
+        if stays or output.device != self._device:  # attention's seeds are CPU tensors
             kept = DeviceStored(output, label, clone_first=fragile)
             return Checked(kept, output, label) if self._strict else kept
         return self._store(output, placement, label, clone_first=fragile, wait=False)
