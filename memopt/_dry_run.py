@@ -194,6 +194,10 @@ class _Outside:
         self._seen: dict[int, weakref.ref[Any]] = {}
         self.saved_bytes = 0
 
+    def saved_keys(self) -> set[int]:
+        """Return the keys of the storages that were saved and are alive."""
+        return {key for key, known in self._seen.items() if known() is not None}
+
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         known = self._seen.get(storage._cdata)
@@ -242,7 +246,9 @@ class _Calls:
         if not trained and not any(t.requires_grad for t in inputs):
             return run(*args, **kwargs)
         record = self._observer.open(
-            call.name, module, [(id(t), nbytes_of(t)) for t in inputs if not t.is_leaf]
+            call.name,
+            module,
+            [(id(t), nbytes_of(t), storage_key(t)) for t in inputs if not t.is_leaf],
         )
         kind = (_kind_of(module), str(spec), tuple(map(_signature, leaves)), had_cache)
         known = self._kinds.get(kind)
@@ -269,7 +275,10 @@ class _Calls:
         """Write down what the repeated calls would have shown."""
         for record, original in self._repeats:
             record.ops, record.hidden_nbytes = original.ops, original.hidden_nbytes
+            pairs = zip(record.input_ids, original.input_ids, strict=True)
+            record.packed = {own[2] for own, first in pairs if first[2] in original.packed}
             record.forward_peak_bytes = original.forward_peak_bytes
+            record.recompute_peak_bytes = original.recompute_peak_bytes
             record.backward_peak_bytes = original.backward_peak_bytes
 
 
@@ -400,7 +409,9 @@ class _Forward(TorchDispatchMode):
 
     def _packed(self, tensor: Tensor) -> None:
         birth = self._births.get(storage_key(tensor))
-        if birth is not None and birth[0]() is tensor.untyped_storage():
+        if birth is None or birth[0]() is not tensor.untyped_storage():
+            self._record.packed.add(storage_key(tensor))
+        else:
             _, op, nbytes = birth
             if storage_key(tensor) not in op.saved:
                 op.saved.add(storage_key(tensor))

@@ -210,13 +210,14 @@ class Steps:
         if coming is not None:
             figures.optimizer_peak_bytes = self._meter.current_bytes() + coming[1]
         peak = max(self.peak_bytes, observer.peak_bytes, figures.optimizer_peak_bytes)
+        regions = observer.region_traces() if regions is None else regions
         return build_step_trace(
             device,
             figures,
-            observer.region_traces() if regions is None else regions,
+            regions,
             self._states,
             after,
-            (observer.outside_peak_bytes, peak),
+            (observer.outside_peak_bytes + observer.turning_bytes, peak),
             observer.outside_standing_bytes,
         )
 

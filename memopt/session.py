@@ -25,6 +25,7 @@ from memopt._replanning import Replanning
 from memopt._reporting import make_report
 from memopt._resources import Resources, open_resources
 from memopt._settings import EngineChoice, Settings
+from memopt._states import expected_grad_bytes
 from memopt._steps import Steps
 from memopt._takeover import (
     UNSTEPPED,
@@ -40,7 +41,7 @@ from memopt.activations.observe import RegionObserver
 from memopt.activations.outside import OutsideHooks
 from memopt.activations.patch import PatchedForward
 from memopt.activations.regions import RegionSpec, find_regions
-from memopt.activations.tensors import storage_key
+from memopt.activations.tensors import storage_key, tensors_in
 from memopt.report import RunReport
 from memopt.types.budget import Budget, ResolvedBudget
 from memopt.types.errors import ConfigError
@@ -115,7 +116,9 @@ class Session:
         self._guard = BudgetGuard(resources, self._steps, self.optimizer)
         if self.optimizer is None:
             self._steps.on_backward_end = self._guard.backward_ended
-        self._observer = RegionObserver(resources.meter)
+        self._observer = RegionObserver(
+            resources.meter, self._steps.grad_bytes, expected_grad_bytes(self.model)
+        )
         engine.use(first_plan(self._regions, resources.safest_input))
         engine.observer = self._observer
         engine.on_recompute = self._steps.backward_begins
@@ -240,7 +243,7 @@ class Session:
             self._guard.foresee(self.model, self._regions, args, kwargs)
         self._num_roots_open += 1
         try:
-            with self._outside(engine):
+            with self._outside(engine, (args, kwargs)):
                 out = patch.plain(*args, **kwargs)
         finally:
             self._num_roots_open -= 1
@@ -293,12 +296,13 @@ class Session:
         assert self._engine is not None
         self._engine.notes[note] = None
 
-    def _outside(self, engine: ActivationEngine) -> Any:
+    def _outside(self, engine: ActivationEngine, given: Any) -> Any:
+        """Return the hooks around the root's forward; what it was `given` is the program's, as weights are."""
         if self._observer is None and engine.plan.outside == "device":
             return contextlib.nullcontext()
         fixed = {
             storage_key(t)
-            for t in (*self.model.parameters(), *self.model.buffers())
+            for t in (*self.model.parameters(), *self.model.buffers(), *tensors_in(given))
             if t.layout is torch.strided and type(t) in (torch.Tensor, torch.nn.Parameter)
         }
         where = "device" if self._observer is not None else engine.plan.outside

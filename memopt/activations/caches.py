@@ -40,19 +40,30 @@ class EmptyCaches:
         self.filled = bool(caches) and _holds_tokens(caches.values(), module)
         """Whether the call reads keys and values of earlier tokens: without them it is another call."""
 
-    def given_to(self, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `plain`, called with fresh copies of the caches in their places."""
+    def given_to(
+        self,
+        plain: Callable[..., Any],
+        on_filled: Callable[[Iterable[Tensor]], None] | None = None,
+    ) -> Callable[..., Any]:
+        """Return `plain`, called with fresh copies of the caches in their places.
+
+        `on_filled` is called with the tensors that it left in them.
+        """
         if not self._caches:
             return plain
 
         def call(*args: Any, **kwargs: Any) -> Any:
             positions = list(args)
-            for place, cache in self._caches.items():
+            copies = {place: _copy(cache) for place, cache in self._caches.items()}
+            for place, copy in copies.items():
                 if isinstance(place, str):
-                    kwargs[place] = _copy(cache)
+                    kwargs[place] = copy
                 else:
-                    positions[place] = _copy(cache)
-            return plain(*positions, **kwargs)
+                    positions[place] = copy
+            out = plain(*positions, **kwargs)
+            if on_filled is not None:
+                on_filled(_tensors_of(copies.values()))
+            return out
 
         return call
 
@@ -86,6 +97,14 @@ def _holds_tokens(caches: Iterable[Any], module: Module) -> bool:
         for part in _parts(cache, own):
             _copy(part, found)
     return any(isinstance(t, Tensor) and t.numel() > _COUNTER_ELEMENTS for t in found.values())
+
+
+def _tensors_of(caches: Iterable[Any]) -> list[Tensor]:
+    """Return every tensor in these caches."""
+    found: dict[int, Any] = {}
+    for cache in caches:
+        _copy(cache, found)
+    return [t for t in found.values() if isinstance(t, Tensor)]
 
 
 def _parts(cache: Any, own: set[int]) -> list[Any]:

@@ -8,7 +8,7 @@ which it knows what backward will ask for next.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +46,9 @@ class Observer(Protocol):
 
     def forward_mode(self, frame: Frame, engine: ActivationEngine) -> ForwardMode:
         """Return a mode that also records."""
+
+    def cached(self, tensors: Iterable[Tensor]) -> None:
+        """The region left these in a key/value cache."""
 
     def forward_ended(self, frame: Frame, mode: Any) -> None:
         """The region's forward is over."""
@@ -204,7 +207,9 @@ class ActivationEngine:
         taken = frame.surroundings.take_arguments(leaves)
         frame.inputs = [self._slot(v, plan, name, i in written) for i, v in enumerate(taken)]
         try:
-            return self._checkpointed(frame, caches.given_to(patch.plain), (args, kwargs), spec)
+            seen = self.observer.cached if self.observer is not None else None
+            plain = caches.given_to(patch.plain, seen)
+            return self._checkpointed(frame, plain, (args, kwargs), spec)
         finally:
             frame.call_args = None
 

@@ -14,7 +14,9 @@ Digests cost one read of each tensor per use, once, in the first step.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +53,8 @@ class Op:
     reason: str = ""
     saved: set[int] = field(default_factory=set)
     saved_nbytes: int = 0
+    rewritten: bool = False
+    freed_at: int | None = None
     readers: set[int] = field(default_factory=set)
     needed: bool = False
     """Whether its outputs are written to, leave the region, or are used in a way that has no position."""
@@ -75,11 +79,31 @@ class Record:
     module: torch.nn.Module
     ops: list[Op] = field(default_factory=list)
     num_ops: int = 0
-    input_ids: list[tuple[int, int]] = field(default_factory=list)
+    input_ids: list[tuple[int, int, int]] = field(default_factory=list)
+    """Identity, bytes and storage key of each tensor that enters."""
+    input_outside: set[int] = field(default_factory=set)
+    """Storage keys among them that autograd saved outside regions before."""
+    input_op: int | None = None
+    beside_nbytes: int = 0
+    begin_bytes: int = 0
+    """Held when its forward began, above the root's start and but for gradients of parameters."""
+    end_bytes: int = 0
+    entry_bytes: int | None = None
+    """The same when it ended, and when the recompute began."""
+    new_grad_bytes: int = 0
+    """Gradients of parameters made by then."""
+    inputs_stand: bool = False
+    packed: set[int] = field(default_factory=set)
+    """Storage keys that autograd keeps for the region and that were born outside it."""
+    cast_nbytes: int = 0
+    cached_nbytes: int = 0
+    outlived: list[tuple[weakref.ref[Any], int]] = field(default_factory=list)
+    """Storages that were alive when its forward ended, with the position of their op."""
     forward: list[Any] = field(default_factory=list)
     forward_peak_bytes: int = 0
     end_level_bytes: int = 0
     backward: list[Any] = field(default_factory=list)
+    recompute_peak_bytes: int = 0
     backward_peak_bytes: int = 0
     backward_level_bytes: int = 0
     hidden_nbytes: int = 0
@@ -121,6 +145,7 @@ class ObservedMode(ForwardMode):
         self.cloned_bytes = 0
         self._hidden: dict[int, weakref.ref[Any]] = {}
         self._known: set[int] = set()
+        self._casts: list[weakref.ref[Any]] = []
 
     def __enter__(self) -> ObservedMode:
         """Push the mode and a pack hook in front of the checkpoint's."""
@@ -172,6 +197,8 @@ class ObservedMode(ForwardMode):
         if self.position == position:
             if not facts.unnumbered:
                 self._used(sources, None)
+            if facts.casts and is_plain(out):
+                self._casts.append(weakref.ref(out.untyped_storage()))
             return out
         op = Op(position, facts, marks=(begin, end))
         op.flops = _flops(func, args, kwargs or {}, out)
@@ -205,10 +232,13 @@ class ObservedMode(ForwardMode):
             value = None
             if op.facts.kind != "factory" and nbytes >= MIN_MOVE_BYTES:
                 value = digest(_whole(tensor))
-            storage = weakref.ref(tensor.untyped_storage())
+            storage = weakref.ref(tensor.untyped_storage(), partial(self._freed, op))
             self._births[key] = _Birth(storage, op, nbytes, value, _versions_of(tensor))
         if op.facts.kind in ("factory", "random"):
             op.reason = f"a {op.facts.kind} op is always run again"
+
+    def _freed(self, op: Op, _: Any) -> None:
+        op.freed_at = self.position  # of several outputs the last one counts
 
     def _verify(self, keys: set[int]) -> None:
         """Compare storages that are about to be used with what they were at birth."""
@@ -241,7 +271,7 @@ class ObservedMode(ForwardMode):
         for key in keys:
             birth = self._births.get(key)
             if birth is not None:
-                birth.op.needed = True
+                birth.op.needed = birth.op.rewritten = True
             if birth is not None and birth.digest is not None and birth.storage() is not None:
                 birth.digest = digest(_of_storage(birth.storage()))
 
@@ -252,6 +282,7 @@ class ObservedMode(ForwardMode):
         birth = self._births.get(key)
         storage = tensor.untyped_storage()
         if birth is None or birth.storage() is not storage:
+            self.record.packed.add(key)
             hidden = self._hidden.get(key)
             if key not in self._known and (hidden is None or hidden() is not storage):
                 self._hidden[key] = weakref.ref(storage)
@@ -272,13 +303,26 @@ class ObservedMode(ForwardMode):
                     self.record.fragile.add(op.position)
         self._suspects.clear()
         for birth in self._births.values():
-            if birth.storage() is not None:
+            storage = birth.storage()
+            if storage is not None:
                 birth.op.needed = True
+                birth.op.freed_at = self.position
+                self.record.outlived.append((weakref.ref(storage), birth.op.position))
                 if birth.versions is not None:
                     returned = birth.op, birth.versions, birth.versions._version
                     self.record.returned.append(returned)
         self._births.clear()
+        alive = {id(s): s for s in (ref() for ref in self._casts) if s is not None}
+        self.record.cast_nbytes = sum(storage.nbytes() for storage in alive.values())
+        self._casts.clear()
         self._settle_inputs()
+
+    def cached(self, tensors: Iterable[Tensor]) -> None:
+        """Count what the region left in a cache; an untouched call leaves it in the program's own."""
+        for key in {storage_key(t) for t in tensors if is_plain(t)}:
+            birth = self._births.get(key)
+            if birth is not None and birth.storage() is not None and key not in birth.op.saved:
+                self.record.cached_nbytes += birth.nbytes
 
     def _flags(self) -> list[bool]:
         """Bring the suspects' flags home, in one copy a device: attention's seeds are CPU tensors beside CUDA's."""

@@ -97,6 +97,10 @@ class OutsideHooks:
             and storage_key(tensor) not in self._fixed
         )
 
+    def saved_keys(self) -> set[int]:
+        """Return the keys of the storages that were saved and are alive."""
+        return {key for key, known in self._seen.items() if known() is not None}
+
     def _count(self, storage: Any) -> None:
         known = self._seen.get(storage._cdata)
         if known is None or known() is not storage:

@@ -5,16 +5,14 @@ alone is worked out here, once per distinct (region, choice), as a `RegionLoad`;
 of a step together on a timeline. Regions that ran the same ops on the same shapes share one `RegionModel`, with the
 median of their times: the first step's outliers (a first call that loads a kernel) must not decide where bytes live.
 
-Device bytes are upper bounds, built from what the trace measured:
+Device bytes follow from what the trace measured with everything recomputed (op by op: `inside`):
 
-- Forward. A region in which nothing is stored reaches `forward_peak_bytes` above its start. Storing `K` bytes of its
-  op outputs adds at most `K`; what is not stored never exceeds the sum of all other outputs. So the level is at most
-  `K + min(forward_peak, other outputs)`.
-- Backward. `backward_peak_bytes` was measured with everything recomputed. Outputs stored on the device are standing
-  already, so their saved part is taken off; outputs fetched from host or SSD arrive in place of recomputed ones, so
-  only what autograd would not have saved (`nbytes - saved_nbytes`) comes on top, as does a fetched region input.
+- Forward and recompute. What a plan keeps changes how long outputs last, so the peak moves; see there.
+- Backward. After the recompute whatever autograd saves is there, wherever it came from, so the peak is the measured
+  one; what stood on the device for it is counted as standing, and taken off.
 - The gradient that enters a region's backward is alive before its recompute starts and is as large as the region's
   output, which is the next region's input.
+- One storage counts once: a region's input that the region before keeps as its output, or autograd for an op outside.
 
 Times: an op answered from storage takes its time off the recompute, unless the recompute stops before it: checkpoint
 ends a recompute once the last saved tensor is back, so ops behind that one are never run again.
@@ -26,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from memopt.plan.inside import Inside, own_facts
 from memopt.types.errors import ConfigError
 from memopt.types.hardware import Hardware
 from memopt.types.plan import Placement, RegionPlan
@@ -88,6 +87,9 @@ class RegionLoad:
 
     Args:
         kept_bytes: on the device from the region's forward to the end of its backward.
+        input_bytes: the part of `kept_bytes` that is the region's input.
+        output_bytes: the part that is the next region's input.
+        lent_bytes: on the device from the region's forward to the turning point.
         forward_bytes: above the standing level while its forward runs, what it keeps included.
         backward_bytes: above the standing level (what it keeps included) while its backward runs.
         rerun_s: recompute that is left.
@@ -98,6 +100,9 @@ class RegionLoad:
 
     plain: bool
     kept_bytes: int
+    input_bytes: int
+    output_bytes: int
+    lent_bytes: int
     forward_bytes: int
     backward_bytes: int
     rerun_s: float
@@ -117,6 +122,8 @@ class RegionModel:
         forward_s, recompute_s, backward_s: medians over the kind.
         offsets_s: per op, when its output exists, from the start of the region's forward.
         gains_s: per op, what answering it from storage takes off the recompute.
+        inside: what it holds op by op.
+        output: index of the op whose output is the next region's input; None where it is no op's.
     """
 
     kind: int
@@ -126,6 +133,8 @@ class RegionModel:
     backward_s: float
     offsets_s: tuple[float, ...]
     gains_s: tuple[float, ...]
+    inside: Inside
+    output: int | None
     loads: dict[Choice, RegionLoad]
 
     @property
@@ -141,24 +150,27 @@ class RegionModel:
             self.loads[choice] = found
         return found
 
-    def _transient_bytes(self, stored_bytes: int) -> int:
-        peak = self.region.forward_peak_bytes
-        everything = sum(op.nbytes for op in self.region.ops)
-        workspace = max(
-            0, peak - everything
-        )  # what kernels allocate and free inside one op is in no OpTrace
-        return min(peak, max(0, everything - stored_bytes) + workspace)
-
     def _plain_load(self) -> RegionLoad:
         region, by_ops = self.region, self.saved_by_ops_bytes
-        # a block's first ops save its input, which was born outside and may not be in saved_nbytes
-        saved = max(region.saved_nbytes, by_ops + region.input_nbytes)
-        live_input = saved - by_ops
+        if region.input_saved_nbytes is None:
+            # a block's first ops save its input, which was born outside and may not be in saved_nbytes
+            from_input = region.input_nbytes
+            others = max(0, region.saved_nbytes - by_ops - from_input)
+        else:
+            from_input = region.input_saved_nbytes
+            others = region.saved_nbytes - by_ops - from_input
+        input_bytes = max(from_input, region.input_outside_nbytes)
         return RegionLoad(
             plain=True,
-            kept_bytes=saved,
-            forward_bytes=live_input + by_ops + self._transient_bytes(by_ops),
-            backward_bytes=max(region.backward_peak_bytes - by_ops, region.grad_nbytes),
+            kept_bytes=by_ops + others + input_bytes,
+            input_bytes=input_bytes,
+            output_bytes=0 if self.output is None else self.inside.saved[self.output],
+            lent_bytes=region.cached_nbytes,
+            forward_bytes=others
+            + region.input_nbytes
+            + self.inside.forward_bytes(self.inside.saved),
+            backward_bytes=max(region.backward_peak_bytes - by_ops, region.grad_nbytes)
+            + region.entry_nbytes,
             rerun_s=0.0,
             out=(),
             back=(),
@@ -169,40 +181,61 @@ class RegionModel:
     def _moved_load(self, choice: Choice) -> RegionLoad:
         region = self.region
         out, back = [], []
-        kept = kept_saved = extra = 0
+        fetched_input = 0
+        kept = [0] * len(region.ops)
+        standing, fetched = [], []
         gain = 0.0
         room = {"host": 0, "ssd": 0}
         if choice.input != "device":
-            out.append(Transfer(0.0, region.input_nbytes, choice.input == "ssd"))
-            back.append((region.input_nbytes, choice.input == "ssd"))
-            room[choice.input] += aligned(region.input_nbytes)
-            extra += region.input_nbytes
-        for op, placement, offset, gain_s in zip(
-            region.ops, choice.ops, self.offsets_s, self.gains_s, strict=True
-        ):
+            fetched_input = region.input_nbytes
+            out.append(Transfer(0.0, fetched_input, choice.input == "ssd"))
+            back.append((fetched_input, choice.input == "ssd"))
+            room[choice.input] += aligned(fetched_input)
+        for k, (op, placement) in enumerate(zip(region.ops, choice.ops, strict=True)):
             if placement == "recompute":
                 continue
-            gain += gain_s
+            gain += self.gains_s[k]
             if placement == "device":
-                kept += op.nbytes
-                kept_saved += op.saved_nbytes
+                kept[k] = op.nbytes
+                standing.append(k)
             else:
-                out.append(Transfer(offset, op.nbytes, placement == "ssd"))
+                fetched.append(k)
+                out.append(Transfer(self.offsets_s[k], op.nbytes, placement == "ssd"))
                 back.append((op.nbytes, placement == "ssd"))
                 room[placement] += aligned(op.nbytes)
-                extra += op.nbytes - op.saved_nbytes
-        standing_input = region.input_nbytes if choice.input == "device" else 0
+        input_bytes = max(region.input_nbytes - fetched_input, region.input_outside_nbytes)
         return RegionLoad(
             plain=False,
-            kept_bytes=kept + standing_input,
-            forward_bytes=region.input_nbytes + kept + self._transient_bytes(kept),
-            backward_bytes=extra + max(region.backward_peak_bytes - kept_saved, region.grad_nbytes),
+            kept_bytes=sum(kept) + input_bytes,
+            input_bytes=input_bytes,
+            output_bytes=self._handed_on(kept),
+            lent_bytes=region.cast_nbytes,
+            forward_bytes=region.input_nbytes + self.inside.forward_bytes(kept),
+            backward_bytes=fetched_input + self._backward_bytes(standing, fetched),
             rerun_s=max(0.0, self.recompute_s - gain),
             out=tuple(out),
             back=tuple(back),
             host_bytes=room["host"],
             ssd_bytes=room["ssd"],
         )
+
+    def _handed_on(self, kept: Sequence[int]) -> int:
+        """Return what is kept of the next region's input; where an in-place op wrote to it, a copy was kept."""
+        k = self.output
+        return 0 if k is None or self.region.ops[k].rewritten else kept[k]
+
+    def _backward_bytes(self, standing: Sequence[int], fetched: Sequence[int]) -> int:
+        """Return the peak of recompute and backward above what stands, outputs given by index."""
+        region, ops = self.region, self.region.ops
+        if not region.recompute_peak_bytes:
+            there = sum(ops[k].saved_nbytes for k in standing)
+            more = sum(ops[k].nbytes - ops[k].saved_nbytes for k in fetched)
+            peak = more + max(region.backward_peak_bytes - there, region.grad_nbytes)
+        else:
+            used = sum(ops[k].nbytes for k in standing if k < self.inside.num_rerun)
+            peak = max(region.backward_peak_bytes - used, region.grad_nbytes)
+            peak = max(peak, self.inside.recompute_bytes(standing, fetched))
+        return peak + region.entry_nbytes
 
 
 @dataclass(frozen=True)
@@ -212,7 +245,8 @@ class StepModel:
     Args:
         models: one RegionModel per region of the forward, shared within a group.
         base_bytes: on the device at every root forward, whatever the plan.
-        outside_bytes: what autograd saves outside regions before the last region's forward ends.
+        outside_bytes: what autograd saves outside regions before the last region's forward ends, and
+            `beside_bytes` per region what of that came with it (the rest stands from the begin).
         output_bytes: output of the last region, alive at the turning point.
         grad_bytes: per region, gradients that its backward creates; `outside_grad_bytes` the rest.
         staging_bytes: buffers between tensors and SSD, there only if a plan uses them; device bytes where the device
@@ -225,6 +259,7 @@ class StepModel:
     models: tuple[RegionModel, ...]
     base_bytes: int
     outside_bytes: int
+    beside_bytes: tuple[int, ...]
     output_bytes: int
     grad_bytes: tuple[int, ...]
     outside_grad_bytes: int
@@ -275,6 +310,7 @@ def build(trace: StepTrace, hardware: Hardware, staging_bytes: int = 0) -> StepM
         models=models,
         base_bytes=_base_bytes(trace),
         outside_bytes=_outside_bytes(trace),
+        beside_bytes=tuple(r.beside_nbytes for r in trace.regions),
         output_bytes=last.ops[-1].nbytes if last.ops else last.input_nbytes,
         grad_bytes=grads,
         outside_grad_bytes=max(0, int(trace.grad_bytes * share) - sum(grads)),
@@ -315,7 +351,8 @@ def _outside_bytes(trace: StepTrace) -> int:
         # optimizer state may have come only at the end of the traced step
         above = trace.peak_bytes - (trace.resident_bytes - trace.optimizer_bytes)
         bound = min(bound, above - trace.outside_peak_bytes)
-        bound = min(bound, above - max(r.backward_peak_bytes for r in trace.regions))
+        peaks = ((r.recompute_peak_bytes, r.backward_peak_bytes) for r in trace.regions)
+        bound = min(bound, above - max(map(max, peaks)))
     return max(0, bound)
 
 
@@ -325,13 +362,14 @@ def _models(regions: Sequence[RegionTrace]) -> tuple[RegionModel, ...]:
     for key, region in zip(keys, regions, strict=True):
         alike.setdefault(key, []).append(region)
     kinds = {key: number for number, key in enumerate(alike)}
-    made: dict[tuple[int, int, int], RegionModel] = {}
+    made: dict[tuple[object, ...], RegionModel] = {}
     found = []
-    for key, region in zip(keys, regions, strict=True):
-        # peaks differ within a kind (the first block's backward is followed by the embedding's)
-        which = (kinds[key], region.forward_peak_bytes, region.backward_peak_bytes)
+    outputs = [*(r.input_op for r in regions[1:]), None]
+    for key, region, output in zip(keys, regions, outputs, strict=True):
+        # within a kind peaks differ (the first block's backward is followed by the embedding's), and neighbours
+        which = (kinds[key], output, *own_facts(region))
         if which not in made:
-            made[which] = _model(kinds[key], region, alike[key])
+            made[which] = _model(kinds[key], region, alike[key], output)
         found.append(made[which])
     return tuple(found)
 
@@ -344,7 +382,9 @@ def _shape_key(region: RegionTrace) -> tuple[object, ...]:
     return (region.group, region.input_nbytes, region.saved_nbytes, region.grad_nbytes, ops)
 
 
-def _model(kind: int, region: RegionTrace, alike: Sequence[RegionTrace]) -> RegionModel:
+def _model(
+    kind: int, region: RegionTrace, alike: Sequence[RegionTrace], output: int | None
+) -> RegionModel:
     times = [median(r.ops[k].time_s for r in alike) for k in range(len(region.ops))]
     forward_s = median(r.forward_s for r in alike)
     recompute_s = median(r.recompute_s for r in alike)
@@ -365,6 +405,8 @@ def _model(kind: int, region: RegionTrace, alike: Sequence[RegionTrace]) -> Regi
         backward_s=median(r.backward_s for r in alike),
         offsets_s=tuple(offsets),
         gains_s=tuple(g * shrink for g in gains),
+        inside=Inside(region),
+        output=next((k for k, op in enumerate(region.ops) if op.position == output), None),
         loads={},
     )
 

@@ -157,20 +157,32 @@ def split_back(back: Sequence[tuple[int, bool]], prefetch_bytes: int) -> int:
     return len(back)
 
 
+def shared_bytes(loads: Sequence[RegionLoad]) -> list[int]:
+    """Return per region what of its input stands already: the region before keeps it as an output of its own."""
+    before = [0, *(load.output_bytes for load in loads)]
+    return [min(kept, load.input_bytes) for kept, load in zip(before, loads, strict=False)]
+
+
 class _Run:
     """One simulation: walks the phases and notes each one's bytes."""
 
     def __init__(self, model: StepModel, loads: Sequence[RegionLoad], settings: Settings) -> None:
         self.model, self.loads, self.settings = model, loads, settings
         self.queues = _Queues(model.hardware, settings.window_bytes)
-        self.standing = model.base_bytes + (
-            model.outside_bytes if settings.outside == "device" else 0
-        )
+        outside = settings.outside == "device"
+        beside = model.beside_bytes if outside else (0,) * len(loads)
+        self.standing = model.base_bytes + outside * max(0, model.outside_bytes - sum(beside))
+        shared = shared_bytes(loads)
+        self.stands = [
+            load.kept_bytes - twice + more
+            for load, twice, more in zip(loads, shared, beside, strict=True)
+        ]
         self.gradients = 0
         self.terms: list[tuple[int, int, int, int, int]] = []
         largest = max((item.nbytes for load in loads for item in load.out), default=0)
         self.most_on_way = max(settings.window_bytes, largest)
         self.arrived = [0.0] * len(loads)
+        self.lent = 0
         self.drained = False
         uses_ssd = settings.outside == "ssd" or any(load.ssd_bytes for load in loads)
         self.staging_bytes = model.staging_bytes if uses_ssd else 0
@@ -192,8 +204,12 @@ class _Run:
                 queues.clock = max(queues.clock, begin + item.offset_s + queues.exposed - waited)
                 self.arrived[k] = queues.send(item)
             queues.clock = begin + region.forward_s + queues.exposed - waited
-            self.note(load.forward_bytes)
-            self.standing += load.kept_bytes
+            own = self.stands[k]
+            self.standing += region.region.around_nbytes
+            self.lent += region.region.around_nbytes
+            self.note(load.forward_bytes + own - load.kept_bytes)
+            self.standing += own + load.lent_bytes
+            self.lent += load.lent_bytes
 
     def turning_point(self) -> None:
         model, queues, outside = self.model, self.queues, self.settings.outside
@@ -202,6 +218,7 @@ class _Run:
             moved = model.trace.outside_saved_bytes
             self.exposed_round_trip(moved, outside == "ssd")
         self.note(model.output_bytes + model.trace.outside_peak_bytes)
+        self.standing -= self.lent
         self.gradients += model.outside_grad_bytes
 
     def exposed_round_trip(self, nbytes: int, to_ssd: bool) -> None:
@@ -233,7 +250,7 @@ class _Run:
                 queues.clock += load.rerun_s
             queues.clock += region.backward_s
             self.note(load.backward_bytes + self.grad_of_output(k), asked_bytes)
-            self.standing -= load.kept_bytes
+            self.standing -= self.stands[k]
             self.gradients += model.grad_bytes[k]
 
     def drain(self) -> None:

@@ -2,7 +2,7 @@
 
 It is written from `docs/plan.md` in the plainest way: every tensor becomes a lifetime (first phase, last phase,
 bytes), every transfer a (begin, end), and each phase adds up whatever is alive, O(n^2). Where it and the solver
-disagree, one of the two is wrong.
+disagree, one of the two is wrong. What happens inside one region is in `validate_inside`.
 
 Phases: 0..n-1 forward of each region, n turning point, n+1..2n backward of regions n-1..0, 2n+1 end of backward.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from memopt.plan import engine_facts
+from memopt.plan.validate_inside import forward_peak, own_backward
 from memopt.types.hardware import Hardware
 from memopt.types.plan import Plan, RegionPlan
 from memopt.types.trace import RegionTrace, StepTrace
@@ -192,19 +193,44 @@ class Replay:
 
     def forward_lifetimes(self, k: int, region: RegionTrace, entry: RegionPlan) -> None:
         """Everything that region k brings into its forward, and what of it stays until its backward."""
-        until = 2 * len(self.trace.regions) - k
+        n = len(self.trace.regions)
+        until = 2 * n - k
         stored = {op.position for op in entry.ops if op.placement == "device"}
-        by_ops = sum(op.saved_nbytes for op in region.ops)
+        kept = {
+            op.position: op.saved_nbytes if entry.plain else op.nbytes
+            for op in region.ops
+            if entry.plain or op.position in stored
+        }
+        saved_in = region.input_nbytes
+        hidden = region.saved_nbytes - saved_in - sum(op.saved_nbytes for op in region.ops)
+        if region.input_saved_nbytes is not None:
+            hidden += saved_in - region.input_saved_nbytes
+            saved_in = region.input_saved_nbytes
+        if not entry.plain:
+            hidden, saved_in = 0, region.input_nbytes if entry.input == "device" else 0
+        kept_in = max(saved_in, region.input_outside_nbytes)
+        there = min(kept_in, self.handed_on(k))
+        self.alive(k, k, region.input_nbytes)
+        self.alive(k, k, -there)
+        self.alive(k, k, forward_peak(region, kept))
+        self.alive(k, until, max(0, hidden))
+        # the region's own levels hold what it keeps of its ops
+        self.alive(k + 1, until, kept_in - there + sum(kept.values()))
+        self.alive(k + 1, n, region.cached_nbytes if entry.plain else region.cast_nbytes)
+        self.alive(k, n, region.around_nbytes)
+        self.alive(k, until, region.beside_nbytes if self.plan.outside == "device" else 0)
+
+    def handed_on(self, k: int) -> int:
+        """Return what the region before k keeps on the device of the output that is k's input."""
+        if k == 0:
+            return 0
+        before, position = self.trace.regions[k - 1], self.trace.regions[k].input_op
+        entry = self.entry(before)
+        made = [op for op in before.ops if op.position == position]
         if entry.plain:
-            kept_ops, kept_in = by_ops, max(region.saved_nbytes - by_ops, region.input_nbytes)
-        else:
-            kept_ops = sum(op.nbytes for op in region.ops if op.position in stored)
-            kept_in = region.input_nbytes if entry.input == "device" else 0
-            self.alive(k, k, region.input_nbytes - kept_in)
-        self.alive(k, until, kept_ops + kept_in)
-        every = sum(op.nbytes for op in region.ops)
-        peak = region.forward_peak_bytes
-        self.alive(k, k, min(peak, max(every - kept_ops, 0) + max(peak - every, 0)))
+            return sum(op.saved_nbytes for op in made)
+        kept = [op.position for op in entry.ops if op.placement == "device"]
+        return sum(op.nbytes for op in made if op.position in kept and not op.rewritten)
 
     def turning_point(self) -> None:
         """Phase n."""
@@ -229,15 +255,7 @@ class Replay:
         """Phase 2n - k."""
         n = len(self.trace.regions)
         phase = 2 * n - k
-        saved_by_ops = sum(op.saved_nbytes for op in region.ops)
-        device = {op.position for op in entry.ops if op.placement == "device"}
-        elsewhere = {op.position for op in entry.ops if op.placement in ("host", "ssd")}
-        standing = (
-            saved_by_ops
-            if entry.plain
-            else sum(o.saved_nbytes for o in region.ops if o.position in device)
-        )
-        self.alive(phase, phase, max(region.backward_peak_bytes - standing, region.grad_nbytes))
+        self.alive(phase, phase, region.entry_nbytes + own_backward(region, entry))
         self.alive(
             phase,
             phase,
@@ -245,10 +263,6 @@ class Replay:
         )
         if not entry.plain:
             self.alive(phase, phase, region.input_nbytes if entry.input != "device" else 0)
-            extra = sum(
-                op.nbytes - op.saved_nbytes for op in region.ops if op.position in elsewhere
-            )
-            self.alive(phase, phase, extra)
             self.rerun(k, region, entry)
         self.now += self.typical(region, "backward_s")
 
@@ -328,10 +342,12 @@ class Replay:
         outside = trace.outside_saved_bytes
         if trace.peak_bytes > 0:
             peaks = [trace.outside_peak_bytes, *(r.backward_peak_bytes for r in trace.regions)]
+            peaks += [r.recompute_peak_bytes for r in trace.regions]
             at_start = trace.resident_bytes - trace.optimizer_bytes
             outside = max(0, min(outside, trace.peak_bytes - at_start - max(peaks)))
         if trace.outside_standing_bytes is not None:
             outside = trace.outside_standing_bytes
+        outside = max(0, outside - sum(r.beside_nbytes for r in trace.regions))
         self.alive(0, end, outside if self.plan.outside == "device" else 0)
         new = (
             0.0

@@ -24,6 +24,9 @@ class OpTrace:
         kind: "attention", "matmul", "random", "factory" or "other".
         placeable: whether its outputs may be stored and answered from storage.
         reason: why not, when not placeable.
+        rewritten: whether a later op of the region wrote to its outputs in place.
+        freed_at: position of the first op of the forward that ran without its outputs alive, where
+            nothing is kept for backward; `num_ops` of the region when they outlived it; None: unknown.
     """
 
     position: int
@@ -35,6 +38,8 @@ class OpTrace:
     kind: str
     placeable: bool
     reason: str = ""
+    rewritten: bool = False
+    freed_at: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +55,21 @@ class RegionTrace:
         num_ops: length of the whole op sequence (views and writes included).
         forward_s, recompute_s, backward_s: device times; `backward_s` excludes the recompute.
         forward_peak_bytes: device bytes above the level at the region's start, forward.
-        backward_peak_bytes: device bytes above the level at the start of its recompute, until
-            the region's backward ended.
+        input_saved_nbytes: the part of `input_nbytes` that the plain step keeps for the region's own
+            ops, and part of `saved_nbytes`; None: unknown, then all of it counts.
+        input_outside_nbytes: the part of it that autograd keeps for ops outside regions.
+        input_op: position of the op of the region before that made the input; None: not one of those.
+        beside_nbytes: the part of the step's `outside_standing_bytes` that came just before or with it.
+        around_nbytes: what else the program holds from its forward on to the turning point (local names
+            of the model's forward); 0 where that was not told.
+        entry_nbytes: what was held at the start of its recompute beyond what the step's other figures
+            explain (gradients on their way, an output that the loop keeps); 0 where that was not told.
+        cast_nbytes: casts of weights that autocast keeps from the region's forward to the end of all.
+        cached_nbytes: keys and values that the plain step keeps in a cache beyond what it saves.
+        recompute_peak_bytes: device bytes above the level at the start of its recompute, while
+            that ran; 0: not known, `backward_peak_bytes` is then the peak of both.
+        backward_peak_bytes: above the same level, from the end of its recompute until the
+            region's backward ended.
         grad_nbytes: bytes of the gradients that this region's backward completes.
         has_unseen_writer: a kernel that PyTorch's dispatcher does not see wrote to a tensor.
     """
@@ -69,6 +87,15 @@ class RegionTrace:
     backward_peak_bytes: int
     grad_nbytes: int = 0
     has_unseen_writer: bool = False
+    input_saved_nbytes: int | None = None
+    input_outside_nbytes: int = 0
+    input_op: int | None = None
+    beside_nbytes: int = 0
+    around_nbytes: int = 0
+    entry_nbytes: int = 0
+    cast_nbytes: int = 0
+    cached_nbytes: int = 0
+    recompute_peak_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +130,11 @@ class StepTrace:
             (0 with one micro-batch and gradients set to None, `grad_bytes` when accumulating).
         resident_bytes: device bytes alive at the first root forward, states included.
         outside_saved_bytes: bytes autograd saved outside regions, parameters excluded.
-        outside_standing_bytes: the part of `outside_saved_bytes` that was saved before the last
-            region's forward ended (the rest is the head's and gone before the first recompute);
-            None where it was not measured.
+        outside_standing_bytes: the part of `outside_saved_bytes` that is no region's own input and
+            was saved before the last region's forward ended (the rest is the head's and gone before
+            the first recompute), with what several regions take; None where it was not measured.
         outside_peak_bytes: device peak between the last region's forward and the first
-            recompute, above the level at the end of the last region's forward.
+            recompute, above what the other figures say of the end of the last region's forward.
         optimizer_peak_bytes: device peak during `optimizer.step()`.
         peak_bytes: device peak of the traced step, which ran in the safest placement.
         regions: in order of the forward.

@@ -26,7 +26,7 @@ CPU = Hardware(
 )
 
 
-def op(position, nbytes, saved=None, time_s=1.0, kind="matmul", placeable=True):
+def op(position, nbytes, saved=None, time_s=1.0, kind="matmul", placeable=True, **changes):
     return OpTrace(
         position=position,
         op=f"op{position}",
@@ -37,6 +37,7 @@ def op(position, nbytes, saved=None, time_s=1.0, kind="matmul", placeable=True):
         kind=kind,
         placeable=placeable,
         reason="" if placeable else "factory",
+        **changes,
     )
 
 
@@ -92,17 +93,33 @@ def kinds_of_region(draw, max_ops):
         nbytes = draw(SIZES)
         saved = draw(st.sampled_from([0, nbytes, nbytes // 2]))
         kind = draw(st.sampled_from(["attention", "matmul", "other"]))
-        ops.append(op(3 * j, nbytes, saved, draw(TIMES), kind, draw(st.integers(0, 4)) > 0))
+        freed_at = draw(st.sampled_from([None, 3 * j + 1, 3 * j + 3, 3 * j + 4, 100]))
+        placeable = draw(st.integers(0, 4)) > 0
+        lasting = {"freed_at": freed_at, "rewritten": draw(st.booleans())}
+        ops.append(op(3 * j, nbytes, saved, draw(TIMES), kind, placeable, **lasting))
     forward = sum(o.time_s for o in ops) * draw(st.sampled_from([0.9, 1.0, 1.2])) + 0.01
     every, kept = sum(o.nbytes for o in ops), sum(o.saved_nbytes for o in ops)
-    grad = draw(SIZES)
+    grad, inputs = draw(SIZES), draw(SIZES)
+    inputs_saved = draw(st.sampled_from([None, 0, inputs]))
+    more = (
+        draw(st.sampled_from([0, inputs])) if inputs_saved is None else inputs_saved + draw(SIZES)
+    )
     return {
         "ops": ops,
         "forward_s": forward,
         "recompute_s": forward * draw(st.sampled_from([0.7, 1.0])),
         "backward_s": forward * draw(st.sampled_from([1.0, 2.0])),
-        "input_nbytes": (inputs := draw(SIZES)),
-        "saved_nbytes": kept + draw(st.sampled_from([0, inputs])),
+        "input_nbytes": inputs,
+        "saved_nbytes": kept + more,
+        "input_saved_nbytes": inputs_saved,
+        "input_outside_nbytes": draw(st.sampled_from([0, 0, inputs])),
+        "input_op": draw(st.sampled_from([None, 0, 3, 6])),
+        "beside_nbytes": draw(st.sampled_from([0, 0, MIB])),
+        "around_nbytes": draw(st.sampled_from([0, MIB])),
+        "entry_nbytes": draw(st.sampled_from([0, 4 * MIB])),
+        "cast_nbytes": draw(st.sampled_from([0, 3 * MIB])),
+        "cached_nbytes": draw(st.sampled_from([0, 2 * MIB])),
+        "recompute_peak_bytes": draw(st.sampled_from([0, kept // 2, kept, every + MIB])),
         "forward_peak_bytes": int(every * draw(st.sampled_from([0.5, 1.0, 1.1]))),
         "backward_peak_bytes": kept + grad + draw(SIZES),
         "grad_nbytes": grad,
