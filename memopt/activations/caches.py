@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memopt.activations.held import ATOMS
+
 _LEGACY_ARGUMENTS = {
     "use_cache": False,
     "past_key_values": None,
@@ -138,7 +140,8 @@ def _copy(value: Any, done: dict[int, Any] | None = None) -> Any:
         out = set(value)
     elif _is_part(_kind(value)):
         out = object.__new__(type(value))
-        vars(out).update({name: _copy(item, done) for name, item in vars(value).items()})
+        own = vars(value)
+        vars(out).update({k: v if type(v) in ATOMS else _copy(v, done) for k, v in own.items()})
     else:
         return value
     done[id(value)] = out
