@@ -10,10 +10,12 @@ memory, the loop's own loss and what else the loop holds by then are not in them
 from __future__ import annotations
 
 import functools
+import logging
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +62,7 @@ def dry_run(
         with (
             _disable_current_modes(),
             warnings.catch_warnings(),
+            _unlogged("torch._subclasses.fake_tensor"),
             FakeTensorMode(),
             FakeBytes(device.type) as count,
             torch.autocast(
@@ -74,6 +77,17 @@ def dry_run(
     finally:
         if state.restore():
             raise Impure("random numbers were drawn outside of tensors")
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """PyTorch logs the traceback of an op that has no fake for its arguments: nothing that a user can mend."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _check_surroundings(model: Module, regions: Sequence[tuple[str, Module]]) -> None:

@@ -332,6 +332,26 @@ def test_models_that_hold_what_is_not_understood_are_not_run(change):
     assert COUNTS == [0]
 
 
+class Experts(nn.Module):
+    """A grouped product has no fake for float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(2, 64, 64) * 0.1)
+
+    def forward(self, x):
+        ends = torch.tensor([x.shape[0] // 2, x.shape[0]], dtype=torch.int32)
+        return x + torch._grouped_mm(x, self.weights, offs=ends)
+
+
+def test_an_op_without_a_fake_leaves_no_traceback_in_the_log(caplog):
+    model = nn.Sequential(*(Experts() for _ in range(2))).train()
+    regions = [("0", model[0]), ("1", model[1])]
+    with pytest.raises(Exception, match="BF16"):
+        dry_run(model, regions, (torch.randn(8, 64),), {}, CPU)
+    assert not caplog.records
+
+
 def test_without_a_dry_run_the_step_itself_tells():
     model, optimizer, loss_of = build("blocks")
     hooked(model)
