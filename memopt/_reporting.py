@@ -67,7 +67,7 @@ def make_report(
         device_reserved_bytes=getattr(resources.meter, "reserved_peak_bytes", None),
         device_context_bytes=_context_bytes(device) if on_cuda else None,
         plan=plan.solver,
-        notes=tuple(dict.fromkeys([*notes, *resources.probe_notes])),
+        notes=tuple(dict.fromkeys([*notes, *resources.probe_notes, *resources.pageable_notes()])),
         versions={
             "memopt": memopt.__version__,
             "torch": torch.__version__,

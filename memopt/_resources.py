@@ -135,6 +135,18 @@ class Resources:
         """Wait for what is being locked, for so many seconds; return whether all of it is."""
         return self.host is None or self.host.settle(at_most_s)
 
+    def pageable_notes(self) -> list[str]:
+        """Say that CUDA refused to page-lock the session's host memory, where it did."""
+        pools = [self.host, self.spill.staging if self.spill is not None else None]
+        reasons = [pool.stats().unlocked_reason for pool in pools if pool is not None]
+        if self.device.type != "cuda":
+            return []
+        return [
+            f"host memory is pageable, so copies do not run beside compute: {reason}"
+            for reason in reasons
+            if reason
+        ]
+
     def prepare(self, plan: Plan, trace: StepTrace) -> None:
         """Give back what only the plan before needed; lock what the plan's host memory lacks."""
         if self.spill is not None:

@@ -134,6 +134,12 @@ class CudaTransfers:
                 stored = HostStored(source, buffer, self.copy_out(source, buffer, label), self)
         return stored
 
+    def full(self, placement: Placement) -> str:
+        """Host memory, or extents or staging."""
+        if placement == "ssd" and self.spill is not None:
+            return self.spill.full
+        return self.host.stats().shortage or "the host budget was full"
+
     def copy_out(self, source: Tensor, buffer: HostBuffer, label: Label) -> Outgoing:
         """Copy `source` into `buffer` on the outgoing stream, inside the window."""
         stream, nbytes = self.begin_out(nbytes_of(source)), nbytes_of(source)

@@ -315,9 +315,7 @@ class ActivationEngine:
         before = moved.num_early
         stored = self.transfers.store(tensor, placement, label, clone_first=clone_first, wait=wait)
         if stored is None:
-            area = self.transfers.spill if placement == "ssd" else None
-            full = (area.full if area is not None else "") or f"the {placement} budget was full"
-            note = f"{full}: some tensors were recomputed or kept"
+            note = f"{self.transfers.full(placement)}: some tensors were recomputed or kept"
             self.notes[_LOCKING if moved.num_early > before else note] = None
             return None
         self._moving.add(stored)

@@ -45,7 +45,7 @@ class SpillArea:
         self.store = store
         self.staging = staging
         self.full = ""
-        """What was full when `alloc` last found no room."""
+        """What was full when `alloc` or `stage` last found no room."""
         self._writing: deque[StagedWrite] = deque()
         self._waiter: ThreadPoolExecutor | None = None
         self._dropped: deque[tuple[Any, HostBuffer | None, Any | None]] = deque()
@@ -68,6 +68,9 @@ class SpillArea:
             if self._writing:
                 self._retire(self._writing.popleft())
             elif not self._sweep(wait=True):
+                self.full = self.staging.stats().shortage or (
+                    f"{nbytes:,} bytes found no room in the {self.staging.cap_bytes:,} bytes of staging memory"
+                )
                 return None
         return buffer
 

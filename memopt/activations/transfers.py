@@ -65,6 +65,9 @@ class Transfers(Protocol):
         `wait`: for host memory that is being locked; else that counts as no room, this once.
         """
 
+    def full(self, placement: Placement) -> str:
+        """Say what had no room when the last tensor was refused."""
+
     def drain(self) -> None:
         """Let go of every source on its way out, before backward needs the room."""
 
@@ -120,6 +123,12 @@ class CpuTransfers:
         stored = SpillStored.from_cpu(tensor, self.spill, label, self.moved)
         self.moved.waited_on_cpu(begin_s)
         return stored
+
+    def full(self, placement: Placement) -> str:
+        """Extents or staging."""
+        return (
+            self.spill.full if self.spill is not None else ""
+        ) or f"the {placement} budget was full"
 
     def drain(self) -> None:
         """Nothing: staging buffers hold what is on its way."""

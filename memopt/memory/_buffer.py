@@ -27,6 +27,7 @@ class HostPoolStats:
 
     ``waste_bytes`` is what was mapped at the peak and never asked for at the same time. ``populate_s`` and ``lock_s``
     add up the time of the threads that faulted pages in and registered them. ``trims`` is what left in the background.
+    ``shortage`` says what the system refused, if anything: the pool does not grow past it.
     """
 
     cap_bytes: int
@@ -43,6 +44,7 @@ class HostPoolStats:
     num_slabs: int
     num_buffers: int
     unlocked_reason: str
+    shortage: str
     trims: Trims
 
 

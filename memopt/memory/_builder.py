@@ -53,9 +53,14 @@ class SlabBuilder:
         self._books = threading.Lock()
         self._turn = threading.Lock()
         self._num_waiting = 0
+        self._is_needed = True
 
     def start(self, slab: Slab, done: Callable[[Slab, BaseException | None], None]) -> None:
-        """Return at once; ``done(slab, error)`` is called by a worker thread."""
+        """Return at once; ``done(slab, error)`` is called by a worker thread, after an exception in here perhaps.
+
+        Raises:
+            RuntimeError: the system refuses a thread.
+        """
         if self._workers is None:
             self._workers = ThreadPoolExecutor(self._num_threads, "memopt-pin")
         begins = range(0, slab.nbytes, _PIECE_BYTES)
@@ -74,6 +79,10 @@ class SlabBuilder:
             with self._books:
                 self._num_waiting -= 1
 
+    def abandon(self) -> None:
+        """What is on its way is not needed any more: ``done`` is called soon, for slabs as they are."""
+        self._is_needed = False
+
     def stop(self) -> None:
         """End the threads; nothing is on its way any more."""
         if self._workers is not None:
@@ -85,7 +94,7 @@ class SlabBuilder:
         start = time.perf_counter()
         error: BaseException | None = None
         try:
-            if job.error is None:
+            if job.error is None and self._is_needed:
                 job.slab.populate(begin, min(begin + _PIECE_BYTES, job.slab.nbytes))
         except BaseException as failure:  # noqa: BLE001 - the thread that waits for the slab raises it
             error = failure
@@ -99,7 +108,7 @@ class SlabBuilder:
         with nullcontext() if self._num_waiting else self._turn:
             start = time.perf_counter()
             try:
-                if job.error is None:
+                if job.error is None and self._is_needed:
                     self._lock(job.slab)
             except BaseException as failure:  # noqa: BLE001 - as above: nobody may wait for a slab for ever
                 job.error = failure

@@ -20,11 +20,10 @@ from memopt.memory._builder import unlock
 from memopt.memory._cudart import Cudart
 from memopt.memory._slab import Slab
 
-__all__ = ["SlabTrimmer", "Trims", "unneeded"]
+__all__ = ["SlabTrimmer", "Trims"]
 
 _LEAST_PAUSE_S = 0.02
 _PAUSE_FACTOR = 4.0
-_SPARE_SHARE = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,24 +116,3 @@ class SlabTrimmer:
             self._gone(slab)
             del slab
             self._stopped.wait(max(_LEAST_PAUSE_S, _PAUSE_FACTOR * took_s))
-
-
-def unneeded(
-    busy: Sequence[Slab], idle: Sequence[Slab], blocks: Sequence[int], spare_bytes: int
-) -> list[Slab]:
-    """Return the idle slabs that stay empty when `blocks` are packed, large first, into the first slab with room.
-
-    Busy slabs, which stay in any case, are filled first. Buffers that wait for an event hold more than a perfect
-    packing, so slabs of at least `spare_bytes`, or a sixteenth of what is needed, stay beside it.
-    """
-    slabs = [*busy, *idle]
-    left = [slab.nbytes for slab in slabs]
-    for size in sorted(blocks, reverse=True):
-        fits = next((i for i, free in enumerate(left) if free >= size), None)
-        if fits is not None:
-            left[fits] -= size
-    spare = max(spare_bytes, sum(blocks) // _SPARE_SHARE) - sum(left[: len(busy)])
-    empty = [s for s, free in zip(idle, left[len(busy) :], strict=True) if free == s.nbytes]
-    while empty and spare > 0:
-        spare -= empty.pop(0).nbytes
-    return empty

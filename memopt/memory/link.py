@@ -33,13 +33,17 @@ def measure_hardware(device: torch.device, host: HostPool | None, store: Any) ->
     if store is not None:
         rates = _disk_rates(store)
         if rates is None:
-            source = "assumed 1 GB/s of SSD: the ssd budget leaves no room to measure it"
+            source = (
+                "assumed 1 GB/s of SSD: no room to measure it in the ssd budget or in host memory"
+            )
         write_rate, read_rate = rates or (_ASSUMED_RATE, _ASSUMED_RATE)
     if device.type == "cuda":
         buffer = host.try_take(_LINK_BYTES) if host is not None else None
         if buffer is None:
             d2h = h2d = 20e9
-            source = "assumed 20 GB/s: the host budget leaves no room to measure the link"
+            source = (
+                "assumed 20 GB/s: no room to measure the link in the host budget or in host memory"
+            )
         else:
             d2h, h2d = link_rates(device, buffer)
             buffer.release()
@@ -64,9 +68,12 @@ def _disk_rates(store: Any) -> tuple[float, float] | None:
         return None
     nbytes = extent.nbytes
     with HostPool(PROBE_BYTES, register=False) as pool:
-        buffer = pool.take(nbytes)
-        buffer.memoryview[:] = os.urandom(nbytes)
+        buffer = pool.try_take(nbytes)
+        if buffer is None:
+            store.free(extent)
+            return None
         try:
+            buffer.memoryview[:] = os.urandom(nbytes)
             begin = time.perf_counter()
             store.write(extent, buffer.memoryview).wait()
             middle = time.perf_counter()

@@ -13,8 +13,9 @@ the event of the last copy that uses it, and is not handed out before that event
 before its memory is freed; the next CUDA call would fail otherwise.
 
 Where page-locking is refused (limits, cgroup, WSL) the CUDA error is cleared, the pool goes on with plain memory, and
-``stats().unlocked_reason`` says why. Without CUDA the same pool gives plain buffers for SSD staging. Page alignment
-(4096) serves O_DIRECT and CUDA alike.
+``stats().unlocked_reason`` says why. Where the system refuses the memory itself, that is as if the cap were lower
+(``stats().shortage``): a program that can do without a buffer goes on. Without CUDA the same pool gives plain buffers
+for SSD staging. Page alignment (4096) serves O_DIRECT and CUDA alike.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ import torch
 from memopt.memory._buffer import HostBuffer, HostPoolFull, HostPoolStats
 from memopt.memory._builder import SlabBuilder, unlock
 from memopt.memory._cudart import Cudart, load_cudart
+from memopt.memory._packing import packed, unneeded
 from memopt.memory._returns import Returns
 from memopt.memory._slab import PAGE_BYTES, Slab
-from memopt.memory._trimmer import SlabTrimmer, unneeded
+from memopt.memory._trimmer import SlabTrimmer
 from memopt.types.free_list import FreeList
 
 if TYPE_CHECKING:
@@ -96,6 +98,8 @@ class HostPool:
         self._cooling: list[_Cooling] = []
         self._building: list[Slab] = []
         self._error: BaseException | None = None
+        self._limit_bytes = self.cap_bytes
+        self._shortage = ""
         self._mapped = self._in_use = self._asked = self._num_buffers = 0
         self._peak_mapped = self._peak_in_use = self._peak_asked = 0
         self._closed = False
@@ -115,20 +119,20 @@ class HostPool:
 
         Raises:
             ValueError: ``nbytes`` is negative, or the pool is closed.
-            HostPoolFull: the cap leaves no room; the message names it.
+            HostPoolFull: the cap, or the system, leaves no room; the message says which.
         """
         buffer = self.try_take(nbytes)
         if buffer is None:
-            raise HostPoolFull(
-                f"{nbytes} bytes asked of a host pool of {self.cap_bytes}, of which {self._in_use} are in use; "
-                "release buffers first, or raise the host budget"
-            )
+            text = f"{nbytes} bytes asked of a host pool of {self.cap_bytes}, of which {self._in_use} are in use; "
+            if self._shortage:
+                raise HostPoolFull(f"{text}{self._shortage}")
+            raise HostPoolFull(f"{text}release buffers first, or raise the host budget")
         return buffer
 
     def try_take(
         self, nbytes: int, *, wait: bool = True, wait_events: bool = True
     ) -> HostBuffer | None:
-        """As :meth:`take`, but return None when the cap leaves no room.
+        """As :meth:`take`, but return None when the cap, or the system, leaves no room.
 
         Or, without ``wait``, where memory is still being locked; without ``wait_events``, where events are to pass.
         """
@@ -153,10 +157,8 @@ class HostPool:
                 elif self._call_back():
                     continue
                 elif self._make_room(size):
-                    room = self.cap_bytes - self._mapped
-                    self._build(
-                        [size if size >= self._growth_bytes else min(self._growth_bytes, room)]
-                    )
+                    room = 0 if self._shortage else self._limit_bytes - self._mapped
+                    self._build([max(size, min(self._growth_bytes, room))])
                 elif self._trimmer.is_busy and wait:
                     self._changed.wait()
                 elif self._cooling and wait_events:
@@ -167,7 +169,8 @@ class HostPool:
     def reserve(self, sizes: Mapping[int, int]) -> int:
         """Start locking memory for ``sizes[nbytes]`` buffers of each size at once, in the background.
 
-        Memory that is mapped already counts. Returns the bytes that the cap leaves out (0: everything fits).
+        Memory that is mapped already counts. Returns the bytes that the cap, or the system, leaves out (0: everything
+        fits, as far as is known before it is faulted in).
         """
         blocks = sorted(
             (_whole_pages(n) for n, count in sizes.items() for _ in range(count) if n), reverse=True
@@ -176,9 +179,10 @@ class HostPool:
             if self._closed:
                 raise ValueError("the host pool is closed")
             self._call_back()
-            bins, left_out = self._pack(blocks)
-            self._build(bins)
-        return left_out
+            old = [slab.nbytes for slab in (*self._slabs, *self._building)]
+            room = self._limit_bytes - self._mapped
+            new, left_out = packed(blocks, old, room, self._chunk_bytes)
+            return left_out + self._build(new)
 
     def trim(self) -> int:
         """Free every slab that no buffer uses; return the bytes that this gives back."""
@@ -217,10 +221,9 @@ class HostPool:
             return bool(self._building)
 
     def settle(self, at_most_s: float | None = None) -> bool:
-        """Wait until everything reserved is locked, or for so many seconds; return whether it is.
+        """Wait for what is being locked, at most so many seconds; return whether that is over.
 
-        Raises:
-            MemoryError: the system has no memory for it.
+        What the system has no memory for is not waited for (``stats().shortage``).
         """
         with self._returns, self._lock:
             with self._builder.hurry():
@@ -248,6 +251,7 @@ class HostPool:
                 num_slabs=len(self._slabs),
                 num_buffers=self._num_buffers,
                 unlocked_reason=self._builder.unlocked_reason,
+                shortage=self._shortage,
                 trims=self._trimmer.trims,
             )
 
@@ -260,6 +264,7 @@ class HostPool:
         if os.getpid() != self._pid:
             self._closed = True
             return
+        self._builder.abandon()
         with self._returns, self._lock:
             self._call_back()
             with self._builder.hurry():
@@ -336,35 +341,15 @@ class HostPool:
 
     # ------------------------------------------------------------------------------------------------- slabs
 
-    def _pack(self, blocks: list[int]) -> tuple[list[int], int]:
-        """Fit ``blocks`` (large first) into the slabs there are, then into new ones; return the new, what is left."""
-        old = [slab.nbytes for slab in (*self._slabs, *self._building)]
-        new: list[int] = []
-        room = self.cap_bytes - self._mapped
-        left_out = 0
-        for size in blocks:
-            fits = next((i for i, free in enumerate(old) if free >= size), None)
-            if fits is not None:
-                old[fits] -= size
-            elif size > room:
-                left_out += size
-            else:
-                room -= size
-                if new and new[-1] + size <= self._chunk_bytes:
-                    new[-1] += size
-                else:
-                    new.append(size)
-        return new, left_out
-
     def _make_room(self, size: int) -> bool:
         """Free wholly idle slabs, the largest first, until ``size`` fits under the cap."""
         idle = sorted(
             (slab for slab in self._slabs if self._is_idle(slab)),
             key=lambda slab: slab.nbytes,
         )
-        if self.cap_bytes - self._mapped + sum(slab.nbytes for slab in idle) < size:
+        if self._limit_bytes - self._mapped + sum(slab.nbytes for slab in idle) < size:
             return False
-        while self.cap_bytes - self._mapped < size:
+        while self._limit_bytes - self._mapped < size:
             self._drop(idle.pop())
         return True
 
@@ -375,20 +360,37 @@ class HostPool:
         self._mapped -= slab.nbytes
         unlock(slab, self._cudart)
 
-    def _build(self, sizes: list[int]) -> None:
-        """Start mapping, faulting in and locking slabs of ``sizes``; they count at once, so the cap holds."""
-        for size in sizes:
+    def _build(self, sizes: list[int]) -> int:
+        """Start mapping, faulting in and locking slabs of ``sizes``; they count at once, so the cap holds.
+
+        Returns the bytes that the system refuses to map.
+        """
+        for i, size in enumerate(sizes):
             try:
                 slab = Slab(size, self._next_base, huge_pages=self._huge_pages)
             except OSError as error:
-                raise HostPoolFull(
-                    f"the system refuses to map {size} bytes of host memory: {error}"
-                ) from error
+                self._fall_short(size, error)
+                return sum(sizes[i:])
             self._next_base += size + PAGE_BYTES  # the gap keeps holes of neighbouring slabs apart
             self._mapped += size
             self._peak_mapped = max(self._peak_mapped, self._mapped)
             self._building.append(slab)
-            self._builder.start(slab, self._slab_is_built)
+            try:
+                self._builder.start(slab, self._slab_is_built)
+            except BaseException as error:
+                self._building.remove(slab)  # nobody may wait for it
+                self._mapped -= size
+                if not isinstance(error, RuntimeError):
+                    raise
+                self._fall_short(size, error)  # the system has no more threads
+                return sum(sizes[i:])
+        return 0
+
+    def _fall_short(self, nbytes: int, error: Exception) -> None:
+        """The system refused ``nbytes`` more: from now on so much is beyond the cap, and is not asked for again."""
+        self._limit_bytes = min(self._limit_bytes, self._mapped + nbytes - PAGE_BYTES)
+        if not self._shortage:
+            self._shortage = f"the system refused {nbytes} bytes of host memory: {error}"
 
     def _is_idle(self, slab: Slab) -> bool:
         return self._free.hole_at(slab.base) == slab.nbytes
@@ -412,11 +414,17 @@ class HostPool:
 
     def _slab_is_built(self, slab: Slab, error: BaseException | None) -> None:
         with self._returns, self._lock:
+            if slab not in self._building:  # its start was interrupted
+                unlock(slab, self._cudart)
+                return
             if error is None:
                 self._add(slab)
             else:
-                self._error = self._error or error
                 self._mapped -= slab.nbytes
+                if isinstance(error, MemoryError):
+                    self._fall_short(slab.nbytes, error)
+                else:
+                    self._error = self._error or error
             self._building.remove(slab)
             self._changed.notify_all()
 

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
+from memopt.memory._packing import unneeded
 from memopt.memory._slab import Slab
-from memopt.memory._trimmer import unneeded
 from memopt.memory.pinned import HostPool
 from tests.activations._fake_cuda import FakeDevice, FakeEvent
 
