@@ -21,12 +21,12 @@ from memopt.io.buffers import Buffer
 from memopt.io.engine import Engine, EngineName, Ticket, open_engine
 from memopt.io.files import IoFile, open_file
 from memopt.io.pieces import Kind, Transfer
-from memopt.types.errors import IoEngineUnavailable
 
 __all__ = ["AioHandle"]
 
 _ALIGNMENT_BYTES = 4096
 _MAX_BLOCK_BYTES = 1 << 30
+_MAX_QUEUE_DEPTH = 4096
 _log = logging.getLogger(__name__)
 
 
@@ -45,10 +45,10 @@ class AioHandle:
         single_submit: has no effect (blocks are always submitted in batches); asking for it is noted in the log.
         overlap_events: has no effect (submission and completion always overlap).
         intra_op_parallelism: has no effect with io_uring (one ring fills the disk), and none on sizes or alignment.
-        engine: as :func:`memopt.io.open_engine`.
+        engine: as :func:`memopt.io.open_engine`; why ``"auto"`` fell back is a warning in the log.
 
     Raises:
-        ValueError: a block size or depth that cannot be.
+        ValueError: an unknown engine, or a setting that cannot be.
         IoEngineUnavailable: the engine named explicitly cannot run here.
     """
 
@@ -62,10 +62,9 @@ class AioHandle:
         *,
         engine: EngineName = "auto",
     ) -> None:
-        if not 0 < block_size <= _MAX_BLOCK_BYTES:
-            raise ValueError(f"block_size={block_size} is outside 1..{_MAX_BLOCK_BYTES}")
-        if intra_op_parallelism < 1:
-            raise ValueError(f"intra_op_parallelism={intra_op_parallelism} must be at least 1")
+        _checked("block_size", block_size, _MAX_BLOCK_BYTES)
+        _checked("queue_depth", queue_depth, _MAX_QUEUE_DEPTH)
+        _checked("intra_op_parallelism", intra_op_parallelism)
         if single_submit:
             _log.warning("single_submit has no effect: memopt submits blocks in batches")
         self._settings = (
@@ -233,15 +232,18 @@ class AioHandle:
         return 1
 
 
-def _open(engine: EngineName, queue_depth: int, block_size: int) -> Engine:
-    """Open an engine with DeepSpeed's block size; the threads engine chooses its own."""
-    if engine != "threads":
-        from memopt.io.uring import UringEngine
+def _checked(name: str, value: Any, most: int | None = None) -> int:
+    """Return a setting that counts something; DeepSpeed reads them from JSON."""
+    if type(value) is not int or value < 1 or (most is not None and value > most):
+        allowed = "of at least 1" if most is None else f"from 1 to {most}"
+        raise ValueError(f"{name}={value!r} must be an integer {allowed}")
+    return value
 
-        block_bytes = -(-block_size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        try:
-            return UringEngine.open(queue_depth=queue_depth, block_bytes=block_bytes)
-        except IoEngineUnavailable:
-            if engine == "io_uring":
-                raise
-    return open_engine(engine, queue_depth=queue_depth)
+
+def _open(name: EngineName, queue_depth: int, block_size: int) -> Engine:
+    """Open an engine with DeepSpeed's block size; a fallback is told, since no report has it."""
+    block_bytes = -(-block_size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    engine = open_engine(name, queue_depth=queue_depth, block_bytes=block_bytes)
+    if engine.reason:
+        _log.warning("aio_handle uses the %s engine: %s", engine.name, engine.reason)
+    return engine

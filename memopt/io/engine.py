@@ -364,6 +364,7 @@ def open_engine(
     *,
     queue_depth: int = DEFAULT_QUEUE_DEPTH,
     max_queue_depth: int | None = None,
+    block_bytes: int | None = None,
     directory: str | os.PathLike[str] | None = None,
 ) -> Engine:
     """Open a storage engine.
@@ -373,10 +374,11 @@ def open_engine(
             back to threads, saying why in :attr:`Engine.reason` and in the log.
         queue_depth: transfers of one block that the engine keeps in the kernel at a time, 1 to 4096.
         max_queue_depth: what :meth:`Engine.set_queue_depth` may raise that to (io_uring); ``queue_depth`` when omitted.
+        block_bytes: size of io_uring's blocks, a multiple of 4096; a good one when omitted. Threads choose their own.
         directory: where the probe writes and reads one block; an anonymous memory file when omitted.
 
     Raises:
-        ValueError: unknown name or queue depth.
+        ValueError: an unknown name, or a queue depth or block size that cannot be.
         IoEngineUnavailable: the engine named explicitly cannot run here.
     """
     from memopt.io.threads import ThreadsEngine
@@ -386,7 +388,7 @@ def open_engine(
     if engine not in ("auto", "io_uring"):
         raise ValueError(f'engine={engine!r} is unknown; choose "auto", "io_uring" or "threads"')
     try:
-        return _open_uring(queue_depth, max_queue_depth, directory)
+        return _open_uring(queue_depth, max_queue_depth, block_bytes, directory)
     except IoEngineUnavailable as error:
         if engine == "io_uring":
             raise
@@ -396,10 +398,17 @@ def open_engine(
 
 
 def _open_uring(
-    queue_depth: int, max_queue_depth: int | None, directory: str | os.PathLike[str] | None
+    queue_depth: int,
+    max_queue_depth: int | None,
+    block_bytes: int | None,
+    directory: str | os.PathLike[str] | None,
 ) -> Engine:
+    from memopt.io.depth import BLOCK_BYTES
     from memopt.io.uring import UringEngine
 
     return UringEngine.open(
-        queue_depth=queue_depth, max_queue_depth=max_queue_depth, directory=directory
+        queue_depth=queue_depth,
+        max_queue_depth=max_queue_depth,
+        block_bytes=BLOCK_BYTES if block_bytes is None else block_bytes,
+        directory=directory,
     )

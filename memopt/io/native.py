@@ -22,6 +22,12 @@ def load_native() -> Any:
     try:
         native = importlib.import_module("memopt.io._uring")
     except ImportError as error:
+        if (
+            error.name == "_cffi_backend"
+        ):  # what the module was built with, and asks for when it is loaded
+            raise IoEngineUnavailable(
+                f"io_uring: the runtime of cffi is missing ({error}); install cffi again"
+            ) from error
         raise IoEngineUnavailable(
             f"io_uring: the native part of memopt is missing ({error}); install gcc and liburing-dev "
             "(2.3 or later), then memopt again"

@@ -88,6 +88,7 @@ def test_no_engine_at_all_is_broken(no_uring, monkeypatch):
     ("reason", "disabled", "word"),
     [
         ("io_uring: the native part of memopt is missing (No module)", None, "liburing-dev"),
+        ("io_uring: the runtime of cffi is missing (No module)", None, "--force-reinstall cffi"),
         ("io_uring: Operation not permitted: ... seccomp ...", "2", "kernel.io_uring_disabled=0"),
         ("io_uring: Operation not permitted: ... seccomp ...", "0", "seccomp profile"),
         ("io_uring: Function not implemented: this kernel has no io_uring", None, "Linux 5.6"),

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
 import random
 import signal
+import sys
 
 import pytest
 
@@ -33,6 +35,23 @@ def test_settings_are_kept_and_checked():
     for settings in [{"block_size": 0}, {"queue_depth": 0}, {"intra_op_parallelism": 0}]:
         with pytest.raises(ValueError, match=next(iter(settings))):
             AioHandle(**settings, engine="threads")
+    for settings in [{"block_size": 1e6}, {"queue_depth": "8"}, {"intra_op_parallelism": True}]:
+        with pytest.raises(ValueError, match=f"{next(iter(settings))}=.* must be an integer"):
+            AioHandle(**settings)
+    with pytest.raises(ValueError, match="engine='uring' is unknown"):
+        AioHandle(engine="uring")
+
+
+def test_a_fallback_is_told(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "memopt.io._uring", None)
+    AioHandle().close()
+    assert "aio_handle uses the threads engine: io_uring: the native part" in caplog.text
+
+
+def test_the_block_size_reaches_io_uring():
+    make_engine().close()
+    with contextlib.closing(AioHandle(block_size=70_000, engine="io_uring")) as handle:
+        assert handle.engine.block_bytes == 73_728
 
 
 def test_a_setting_without_effect_is_noted(caplog):

@@ -40,6 +40,20 @@ def test_only_auto_falls_back_without_the_native_part(monkeypatch):
         assert "native part of memopt is missing" in engine.reason
 
 
+def test_a_missing_runtime_of_cffi_is_not_put_down_to_the_build():
+    make_engine().close()
+    code = (
+        "import sys; sys.modules['_cffi_backend'] = None\n"
+        "from memopt.io import open_engine\n"
+        "with open_engine('auto') as engine: print(engine.name, '|', engine.reason)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    name, _, reason = done.stdout.partition(" | ")
+    assert name == "threads"
+    assert reason.startswith("io_uring: the runtime of cffi is missing")
+    assert "gcc" not in reason
+
+
 def test_a_probe_that_fails_is_a_reason(tmp_path, monkeypatch):
     make_engine().close()
     from memopt.io import uring

@@ -62,24 +62,31 @@ def _first_usable(requests: Sequence[str]) -> str | None:
     return None
 
 
+_BUILD_TODO = {
+    "cffi": "install cffi again (pip install --force-reinstall cffi): _cffi_backend is a part of it",
+    "native part": "install gcc and liburing's headers (liburing-dev, 2.3 or later), then install memopt again",
+}
+_KERNEL_TODO = {
+    "no io_uring": "Linux 5.6 or later has io_uring",
+    "seccomp": "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile "
+    "(docker run --security-opt seccomp=PROFILE.json)",
+    "security policy": "allow io_uring in the system's security policy (SELinux: ausearch -m avc shows the denial)",
+}
+
+
 def uring_todo(reason: str, disabled: str | None) -> str:
     """Return what makes io_uring work, given why it does not and the sysctl kernel.io_uring_disabled."""
-    if "native part" in reason:
-        return "install gcc and liburing's headers (liburing-dev, 2.3 or later), then install memopt again"
+    for word, todo in _BUILD_TODO.items():
+        if word in reason:
+            return todo
     if disabled in ("1", "2"):
         return (
             f"kernel.io_uring_disabled is {disabled}: sysctl kernel.io_uring_disabled=0 allows it to all, "
             "1 to members of kernel.io_uring_group"
         )
-    if "no io_uring" in reason:
-        return "Linux 5.6 or later has io_uring"
-    if "seccomp" in reason:
-        return (
-            "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile "
-            "(docker run --security-opt seccomp=PROFILE.json)"
-        )
-    if "security policy" in reason:
-        return "allow io_uring in the system's security policy (SELinux: ausearch -m avc shows the denial)"
+    for word, todo in _KERNEL_TODO.items():
+        if word in reason:
+            return todo
     return "io_uring refuses a test block: the reason above is the kernel's"
 
 
