@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from memopt.io import EngineName
 
 FC = TypeVar("FC", bound=Callable[..., Any])
+_LEAST_BYTES = 4096
+"""One block: a disk with less room is full."""
 
 
 def ssd_option(several: str) -> Callable[[FC], FC]:
@@ -120,7 +122,13 @@ def parse_directories(requests: Sequence[str]) -> list[tuple[str, int]]:
         directory = Path(request).expanduser()
         if directory.is_dir():
             free_bytes = inspect_directory(str(directory)).free_bytes
-            spelled.append(f"{request}:{max(1, min(PROBE_SSD_BYTES, free_bytes // 4))}B")
+            size_bytes = min(PROBE_SSD_BYTES, free_bytes // 4)
+            if size_bytes < _LEAST_BYTES:
+                raise ConfigError(
+                    f"--ssd {request}: the disk is full ({free_bytes} bytes are free); free some space, "
+                    "or name a directory on another disk"
+                )
+            spelled.append(f"{request}:{size_bytes}B")
         elif ":" in request:  # what is wrong with it, resolving says
             spelled.append(request)
         else:
@@ -128,14 +136,20 @@ def parse_directories(requests: Sequence[str]) -> list[tuple[str, int]]:
                 "is not a directory" if directory.exists() else "does not exist; create it first"
             )
             raise ConfigError(f"--ssd {request}: {directory} {wrong}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of directories in memory; the result says so
-        budget = resolve_budget(
-            Budget(ssd=spelled),
-            device_free_bytes=0,
-            device_total_bytes=0,
-            device_is_host=True,
-        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of directories in memory; the result says so
+            budget = resolve_budget(
+                Budget(ssd=spelled),
+                device_free_bytes=0,
+                device_total_bytes=0,
+                device_is_host=True,
+            )
+    except ConfigError as error:  # in the words of the command line, not of Budget
+        text = str(error)
+        for request, spelling in zip(requests, spelled, strict=True):
+            text = text.replace(f"ssd={spelling!r}", f"--ssd {request}")
+        raise ConfigError(text) from None
     return [(directory.path, directory.size_bytes) for directory in budget.ssd]
 
 

@@ -159,6 +159,7 @@ def inspect_directory(path: str) -> DirectoryFacts:
         is_tmpfs=_file_system_type(path) in (_TMPFS_MAGIC, _RAMFS_MAGIC),
         free_bytes=space.f_bavail * space.f_frsize,
         file_system=status.st_dev,
+        is_read_only=bool(space.f_flag & os.ST_RDONLY),
     )
 
 

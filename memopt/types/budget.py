@@ -48,6 +48,7 @@ class DirectoryFacts:
     is_tmpfs: bool
     free_bytes: int
     file_system: int
+    is_read_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,6 +329,10 @@ def _inspect(
     if not facts.is_directory:
         raise ConfigError(
             f"ssd={request!r}: {path} is not a directory; give a directory to keep the spill file in"
+        )
+    if facts.is_read_only:
+        raise ConfigError(
+            f"ssd={request!r}: {path} is on a file system that is mounted read-only; name a directory on another"
         )
     if not facts.is_writable:
         raise ConfigError(

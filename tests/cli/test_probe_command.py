@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_a_cache_that_is_off_is_told(home, monkeypatch):
         ),
         (("--ssd", "/proc/self/stat"), "--ssd /proc/self/stat: /proc/self/stat is not a directory"),
         (("--ssd", "/no/such/place:1GiB"), "/no/such/place does not exist; create it first"),
-        (("--ssd", "/:24G"), "ssd='/:24G': SIZE='24G': unknown unit 'G'"),
+        (("--ssd", "/:24G"), "--ssd /:24G: SIZE='24G': unknown unit 'G'"),
         (("--ssd", ""), "--ssd '' names no directory; write DIR or DIR:SIZE"),
         (("--device", "tpu"), "no device"),
         (("--device", "meta"), "there is cpu here, and"),
@@ -90,6 +91,28 @@ def test_mistakes_end_with_status_2(arguments, message):
     assert done.exit_code == 2
     assert message in done.output
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"free_bytes": 4 * 4095}, "--ssd {0}: the disk is full (16380 bytes are free); free some"),
+        ({"is_read_only": True}, "--ssd {0}: {0} is on a file system that is mounted read-only"),
+        ({"is_writable": False}, "--ssd {0}: no permission to write in {0}"),
+    ],
+)
+def test_an_unusable_directory_is_told_in_the_words_of_the_command(
+    home, monkeypatch, facts, message
+):
+    import memopt.memory.host as host
+
+    real = host.inspect_directory
+    monkeypatch.setattr(
+        host, "inspect_directory", lambda path: dataclasses.replace(real(path), **facts)
+    )
+    with pytest.raises(ConfigError) as caught:
+        parse_directories([str(home / "spill")])
+    assert str(caught.value).startswith(message.format(home / "spill"))
 
 
 def test_a_disk_that_fails_ends_with_status_1(home, monkeypatch):

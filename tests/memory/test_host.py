@@ -107,6 +107,7 @@ def test_directory_facts(tmp_path):
     facts = inspect_directory(str(tmp_path))
     assert facts.is_directory
     assert facts.is_writable
+    assert not facts.is_read_only
     assert 0 < facts.free_bytes <= os.statvfs(tmp_path).f_blocks * os.statvfs(tmp_path).f_frsize
     (tmp_path / "file").write_text("x")
     assert not inspect_directory(str(tmp_path / "file")).is_directory

@@ -168,6 +168,10 @@ def test_bad_ssd_is_refused_at_once(ssd, message):
     [
         ({}, "/ssd does not exist; create it"),
         ({"/ssd": directory(is_directory=False)}, "/ssd is not a directory"),
+        (
+            {"/ssd": directory(is_writable=False, is_read_only=True)},
+            "/ssd is on a file system that is mounted read-only",
+        ),
         ({"/ssd": directory(is_writable=False)}, "no permission to write in /ssd"),
         ({"/ssd": directory(free_bytes=4 * GIB)}, "asks for 5.00 GiB, but /ssd has 4.00 GiB free"),
     ],

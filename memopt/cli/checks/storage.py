@@ -34,7 +34,8 @@ def engines(context: Context) -> Sequence[Check]:
     try:
         open_engine("io_uring", directory=directory).close()
         figures["io_uring"] = True
-        where = directory or "a memory file (no directory was named)"
+        none = "no named directory can be used" if context.ssd else "no directory was named"
+        where = directory or f"a memory file ({none})"
         found = f"io_uring: a block was written to {where} and read back"
         return [Check(name="I/O engine", status="ok", found=found, figures=figures)]
     except IoEngineUnavailable as error:
@@ -113,7 +114,9 @@ def _directory(request: str, context: Context) -> Check:
     try:
         path, size_bytes = parse_directories([request])[0]
     except ConfigError as error:
-        todo = "write --ssd DIR or DIR:SIZE: a directory that exists, and a size that fits into it"
+        todo = (
+            "write --ssd DIR or DIR:SIZE: a directory that can be written, a size that fits into it"
+        )
         return Check(name=name, status="broken", found=str(error), todo=todo)
     try:
         figures = _directory_facts(path, context)
