@@ -22,7 +22,8 @@ from memopt._resources import Resources
 from memopt._steps import Steps
 from memopt.activations.clock import RegionClock
 from memopt.activations.engine import ActivationEngine
-from memopt.types.plan import Plan
+from memopt.types.plan import Plan, Prediction
+from memopt.types.sizes import format_bytes
 
 _TIMES_FROM = 2
 """Steps before a planned one is timed: one is traced, one more may compile kernels."""
@@ -39,6 +40,14 @@ _WAITING = (
     "a new plan waited because the graph of an earlier step was still alive (a kept loss or output); "
     "detach what you keep"
 )
+_TIMING = (
+    "no plan yet: steps run in the placement of the first one (all is recomputed) until one of them was timed; "
+    "the plan follows from it"
+)
+_LOCKING = (
+    "a plan waits until its host memory is page-locked ({bytes}); until then steps run as before, and this report "
+    "is of how they run"
+)
 
 
 class Replanning:
@@ -52,7 +61,6 @@ class Replanning:
         self._locking: Plan | None = None
         """Whose host memory is being locked, before it comes into force."""
         self._timed_step: int | None = None
-        self._first_step_of_plan = 0
         self._num_to_time = _TIMED_STEPS
         self._num_timed = 0
         self._num_retries = 0
@@ -75,7 +83,7 @@ class Replanning:
         if self._timed_step is not None and steps.num_steps > self._timed_step:
             self._calibrate(planner, engine, steps)
         if engine.has_live_frames:
-            if self.next_plan is not None and not steps.begun:
+            if (self._holds or self.next_plan is not None) and not steps.begun:
                 engine.notes[_WAITING] = None
             return
         self._plan(planner, engine, steps)
@@ -84,16 +92,33 @@ class Replanning:
             resources.prepare(self.next_plan, planner.trace)
             engine.time_regions(None)
             self.next_plan = self._locking = self._timed_step = None
-            self._first_step_of_plan = steps.num_steps
+            steps.plan_begins()
         if self.next_plan is None and self._num_timed < self._num_to_time and not steps.begun:
             self._time(planner, engine, resources, steps)
+
+    def reported(self, engine: ActivationEngine, steps: Steps) -> Plan:
+        """Return the plan that steps ran under, with what is predicted of it; after the first step, the coming one."""
+        plan = engine.plan
+        if self.next_plan is not None and steps.num_steps < 2:
+            plan = self.next_plan
+        if self.planner is None or plan.predicted != Prediction():
+            return plan
+        return self.planner.with_prediction(plan)
+
+    def notes(self) -> list[str]:
+        """Say what no plan, or the next one, is waiting for."""
+        if self._holds:
+            return [_TIMING]
+        if self.next_plan is not None and self._locking is self.next_plan:
+            return [_LOCKING.format(bytes=format_bytes(self.next_plan.predicted.host_bytes))]
+        return []
 
     def _plan(self, planner: Planner, engine: ActivationEngine, steps: Steps) -> None:
         """Make a plan where what is known has changed."""
         stale = planner.sees_gradients(steps.grad_bytes())
         if self._holds and stale:
             self._holds = planner.wants_times()  # raises where no plan has room for them
-        if not steps.begun and steps.num_steps > self._first_step_of_plan > 0:
+        if not steps.begun and steps.num_steps > steps.first_of_plan > 0:
             stale |= planner.sees_peak(engine.plan, steps.last_step_peak_bytes)
         corrected, self._corrected = self._corrected, False
         if stale or (corrected and self._holds):
@@ -128,7 +153,7 @@ class Replanning:
         if self._holds:
             engine.use(planner.with_prediction(engine.plan))
         # the first step of a plan rehearses what may be skipped
-        settled = steps.num_steps > self._first_step_of_plan and steps.num_steps >= _TIMES_FROM
+        settled = steps.num_steps > steps.first_of_plan and steps.num_steps >= _TIMES_FROM
         if settled or self._holds:
             self._timed_step = steps.num_steps
             engine.time_regions(RegionClock(resources.meter))

@@ -29,7 +29,7 @@ def make_report(
 ) -> RunReport:
     """Return the report of the steps so far; `predicted`: the largest peaks of the plans so far."""
     steps.finish()
-    first, median = steps.step_times()
+    first, median, num_planned = steps.step_times()
     moved = resources.transfers.moved
     on_cuda = resources.device.type == "cuda"
     device = resources.device
@@ -53,8 +53,9 @@ def make_report(
         ),
         baseline=Footprint(device_bytes=predict_plain(trace) if planned and trace else None),
         num_steps=steps.num_steps,
+        num_planned_steps=num_planned,
         first_step_s=first,
-        exposed_s=moved.exposed_s / steps.num_steps if steps.num_steps else None,
+        exposed_s=resources.transfers.exposed_s() / steps.num_steps if steps.num_steps else None,
         moved=Moved(
             d2h_bytes=moved.d2h_bytes,
             h2d_bytes=moved.h2d_bytes,

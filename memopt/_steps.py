@@ -47,6 +47,8 @@ class Steps:
         self.figures = StepFigures()
         self.saw_backward = False
         self.num_steps = 0
+        self.first_of_plan = 0
+        """The first step that ran wholly under the plan in force; 0 while that is the traced step's."""
         self.first_step_s: float | None = None
         self.peak_bytes = 0
         self.last_step_peak_bytes = 0
@@ -92,6 +94,10 @@ class Steps:
     def begun(self) -> bool:
         """Whether a forward of the step in progress was seen."""
         return self._begin is not None
+
+    def plan_begins(self) -> None:
+        """Another plan comes into force at this root forward, which may be a later one of its step."""
+        self.first_of_plan = self.num_steps + self.begun
 
     def end_root(self) -> None:
         """It returned or raised."""
@@ -210,6 +216,9 @@ class Steps:
         if coming is not None:
             figures.optimizer_peak_bytes = self._meter.current_bytes() + coming[1]
         peak = max(self.peak_bytes, observer.peak_bytes, figures.optimizer_peak_bytes)
+        if coming is None:  # the observer took the peaks of this step's regions
+            seen = observer.peak_bytes + self._beside_bytes()
+            self.peak_bytes = max(self.peak_bytes, seen)
         regions = observer.region_traces() if regions is None else regions
         return build_step_trace(
             device,
@@ -226,15 +235,24 @@ class Steps:
         self._resolve()
         return self._last_s
 
-    def step_times(self) -> tuple[float | None, float | None]:
-        """Return seconds of the first step and the median of the others."""
+    def step_times(self) -> tuple[float | None, float | None, int]:
+        """Return seconds of the first step, the median of those under the plan in force, and how many these are.
+
+        Only they are what is predicted. Where there are none, the median is of all but the first.
+        """
         self._resolve()
-        median = statistics.median(self._times) if self._times else None
-        return self.first_step_s, median
+        times = self._of_plan(self._times)
+        median = statistics.median(times or self._times) if self._times else None
+        return self.first_step_s, median, len(times)
 
     def step_writes(self) -> int | None:
-        """Return the bytes that a step writes to SSD: the median of all but the first."""
-        return round(statistics.median(self._writes)) if self._writes else None
+        """Return the bytes that a step writes to SSD: the median of the same steps."""
+        writes = self._of_plan(self._writes) or self._writes
+        return round(statistics.median(writes)) if writes else None
+
+    def _of_plan(self, figures: list[Any]) -> list[Any]:
+        """Return those of steps wholly under the plan in force, of figures of all steps but the first."""
+        return figures[self.first_of_plan - 1 :] if self.first_of_plan else []
 
     def _resolve(self) -> None:
         for begin, end in self._spans:

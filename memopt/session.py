@@ -3,7 +3,8 @@
     measure the step, solve for where its bytes live, run that plan, report what really happened
 
 The first step runs in the safest placement (everything recomputed) and is traced; the plan made from
-it is in force from the second step on. A step ends at `optimizer.step()`, or without an optimizer at
+it is in force from the second step on, on CUDA once another step was timed and the plan's host memory is
+locked (`_replanning.py`). A step ends at `optimizer.step()`, or without an optimizer at
 the next root forward after a backward; plans switch only at a root forward without a live frame.
 """
 
@@ -209,7 +210,7 @@ class Session:
 
     @property
     def plan(self) -> Plan:
-        """The plan in force."""
+        """The plan in force, or the one that waits to come into force."""
         assert self._engine is not None, "the session has not started"
         return self._replanning.next_plan or self._engine.plan
 
@@ -227,9 +228,10 @@ class Session:
         assert self._engine is not None
         if self._resources.closed:
             raise ConfigError("the session was interrupted while it stopped: it has no report")
-        notes = [*self.notes, *self._engine.notes, *self.plan.notes]
-        predicted = self.plan.predicted.after(self._engine.predicted)
-        return make_report(self._resources, self._steps, self.trace, self.plan, predicted, notes)
+        plan = self._replanning.reported(self._engine, self._steps)
+        notes = [*self.notes, *self._engine.notes, *plan.notes, *self._replanning.notes()]
+        predicted = plan.predicted.after(self._engine.predicted)
+        return make_report(self._resources, self._steps, self.trace, plan, predicted, notes)
 
     # - The loop going by
 

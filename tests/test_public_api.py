@@ -35,8 +35,8 @@ SETTINGS = ["budget", "plan", "regions", "exact", "strict", "engine", "update"]
 FIELDS = {
     "Budget": "device host ssd ssd_endurance",
     "RunReport": (
-        "device budget predicted measured baseline num_steps first_step_s exposed_s moved wear placements "
-        "resident_bytes device_reserved_bytes device_context_bytes plan notes versions"
+        "device budget predicted measured baseline num_steps num_planned_steps first_step_s exposed_s moved "
+        "wear placements resident_bytes device_reserved_bytes device_context_bytes plan notes versions"
     ),
 }
 

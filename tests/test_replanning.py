@@ -44,6 +44,8 @@ class Loop:
         self.timed: list[int] = []
         self.steps: Any = SimpleNamespace(
             num_steps=0,
+            first_of_plan=0,
+            plan_begins=self.plan_begins,
             begun=False,
             last_step_peak_bytes=0,
             grad_bytes=lambda: 0,
@@ -66,6 +68,9 @@ class Loop:
         if plan is not self.engine.plan:
             self.used.append((self.steps.num_steps, plan.solver))
         self.engine.plan = plan
+
+    def plan_begins(self) -> None:
+        self.steps.first_of_plan = self.steps.num_steps + self.steps.begun
 
     def time(self, clock: Any) -> None:
         self.engine.clock = clock and SimpleNamespace(is_whole=True, is_full=False)
@@ -147,3 +152,24 @@ def test_gradients_seen_while_a_step_is_timed_give_one_plan_not_two():
     loop.run(3)
     assert loop.used == [(2, "0.9 s")]
     assert loop.timed == [1, 3]
+
+
+def test_graphs_that_are_kept_are_named_while_no_step_was_timed():
+    loop = Loop([plan_of(0.9)])
+    loop.engine.has_live_frames = True
+    loop.run(3)
+    assert not loop.timed
+    assert any("detach what you keep" in note for note in loop.engine.notes)
+
+
+def test_a_plan_in_the_middle_of_a_step_is_timed_in_a_whole_one():
+    loop = Loop([plan_of(0.9), plan_of(0.8)], wants_times=False)
+    loop.steps.begun = True
+    loop.run(1)
+    assert loop.used == [(1, "0.9 s")]
+    assert loop.steps.first_of_plan == 2
+    loop.steps.begun = False
+    for _ in range(3):
+        loop.steps.num_steps += 1
+        loop.replanning.at_root(loop.engine, loop.resources, loop.steps)
+    assert loop.timed == [3], "the first whole step rehearses"

@@ -34,6 +34,8 @@ from memopt.types.errors import SavedOutputChangedError
 from memopt.types.plan import Placement
 
 _WAITS_A_POLL = 8
+_MOST_WAITS = 1024
+"""That many are kept to be added up, in pairs of events: a step may have more of them than polls can add up."""
 
 
 class Landing:
@@ -71,9 +73,6 @@ class Outgoing:
         self.done = done
         self.nbytes = nbytes_of(source)
         self.label = label
-
-
-_WAITS_A_POLL = 8
 
 
 class CudaTransfers:
@@ -225,6 +224,8 @@ class CudaTransfers:
         compute.wait_event(event)
         after.record(compute)
         self._waits.append((before, after, cause))
+        if len(self._waits) > _MOST_WAITS:
+            self._add_waits(2)
         if self.moved.on_wait is not None:
             self.moved.on_wait(before, after)
 
@@ -283,6 +284,11 @@ class CudaTransfers:
         self._add_waits(len(self._waits))
         if self.spill is not None:
             self.spill.finish()
+
+    def exposed_s(self) -> float:
+        """Seconds of the device's time."""
+        self._add_waits(len(self._waits))
+        return self.moved.exposed_s
 
     def host_bytes(self) -> tuple[int, int]:
         """Mapped now and at most, staging included."""

@@ -87,6 +87,9 @@ class Transfers(Protocol):
     def finish(self) -> None:
         """Wait for everything under way."""
 
+    def exposed_s(self) -> float:
+        """Return the seconds that compute waited for transfers, in waits that are over."""
+
     def host_bytes(self) -> tuple[int, int]:
         """Return host bytes mapped now and at most."""
 
@@ -150,6 +153,10 @@ class CpuTransfers:
         """Wait for every write."""
         if self.spill is not None:
             self.spill.finish()
+
+    def exposed_s(self) -> float:
+        """Waits of the process."""
+        return self.moved.exposed_s
 
     def host_bytes(self) -> tuple[int, int]:
         """Staging buffers: host memory of memopt's own."""

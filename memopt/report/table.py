@@ -89,8 +89,17 @@ def _add_footprints(table: Table, report: RunReport) -> None:
         )
     steps: tuple[Footprint, ...] = (report.baseline, report.predicted, report.measured)
     plain_s, predicted_s, measured_s = (format_seconds(footprint.step_s) for footprint in steps)
-    off = _difference(report.predicted.step_s, report.measured.step_s)
-    table.add_row("median step", plain_s, "", predicted_s, measured_s, off)
+    planned = report.num_planned_steps != 0  # else no step is what was predicted
+    off = _difference(report.predicted.step_s, report.measured.step_s) if planned else ""
+    table.add_row(_median_label(report), plain_s, "", predicted_s, measured_s, off)
+
+
+def _median_label(report: RunReport) -> str:
+    """Say which steps the median is of."""
+    num = report.num_planned_steps
+    if num is None or report.measured.step_s is None:
+        return "median step"
+    return f"median of {num} planned step{'s' * (num != 1)}" if num else "median, before the plan"
 
 
 def _add_beside(table: Table, report: RunReport) -> None:

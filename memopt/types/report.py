@@ -23,7 +23,7 @@ class Footprint:
         device_bytes: on CUDA allocated bytes, on CPU accounted bytes of live tensor storages.
         host_bytes: memopt's own host buffers.
         ssd_bytes: extent files.
-        step_s: one whole step; where measured, the median.
+        step_s: one whole step; where measured, a median (RunReport.num_planned_steps).
     """
 
     device_bytes: int | None = None
@@ -47,7 +47,7 @@ class SsdWear:
     """What training writes to the spill drives, and how long they last at that rate; None: not known.
 
     Args:
-        step_bytes: written per step, the median of the steps after the first.
+        step_bytes: written per step, the median of the steps that the median step is of.
         day_bytes: written in 24 hours of such steps, one after the other.
         endurance_bytes: rated writes of the drives together, where the user gave them.
         lifetime_days: until so much is written at that rate.
@@ -94,19 +94,22 @@ class RunReport:
     Args:
         device: the device and its name ("cuda:0 NVIDIA H200", "cpu").
         budget: what the run was allowed.
-        predicted: by the plan that ran last.
-        measured: peaks over the steps after the first, and the median step.
+        predicted: peaks of all plans that ran, and the step of the one that ran last (after the first step: of the
+            one that runs next).
+        measured: peaks of the whole run, and the median step of the plan that ran last.
         baseline: the plain step, as far as the trace knows it.
         num_steps: finished steps.
-        first_step_s: the traced step, page-locking and calibration included; None before its end.
-        exposed_s: time that the compute stream waited for transfers, median per step.
+        num_planned_steps: finished steps that ran wholly under the plan that ran last, which are those the median
+            step is of. 0: the median is of all steps but the first, and no step is what was predicted. None: not known.
+        first_step_s: the traced step; None before its end.
+        exposed_s: time that the compute stream waited for transfers, mean of all steps.
         moved: bytes per direction.
         wear: writes to the spill drives per step and per day; None without a drive or a second step.
         placements: what was placed where.
         resident_bytes: largest resident set of the process.
         device_reserved_bytes: peak that PyTorch's allocator reserved; None on CPU.
         device_context_bytes: device memory used beside the allocator; None on CPU.
-        plan: what chose the placements ("auto", "host", ..., or a plan's file).
+        plan: what made the plan ("greedy", "uniform:host", "first step", or as a saved plan says).
         notes: fallbacks with their reasons, settings without effect, doubts.
         versions: of memopt, torch, python and what else took part.
     """
@@ -117,6 +120,7 @@ class RunReport:
     measured: Footprint
     baseline: Footprint = field(default_factory=Footprint)
     num_steps: int = 0
+    num_planned_steps: int | None = None
     first_step_s: float | None = None
     exposed_s: float | None = None
     moved: Moved = field(default_factory=Moved)
@@ -134,7 +138,7 @@ class RunReport:
 
     @property
     def median_step_s(self) -> float | None:
-        """The median step, first step excluded."""
+        """The median step of the plan that ran last; of all but the first where no step ran wholly under it."""
         return self.measured.step_s
 
     def __str__(self) -> str:

@@ -75,6 +75,20 @@ def test_predicted_stands_beside_measured():
     assert "note: attention is stored" in text
 
 
+@pytest.mark.parametrize(
+    ("num_planned", "label", "off"),
+    [
+        (None, "median step", "+10.0 %"),
+        (4, "median of 4 planned steps", "+10.0 %"),
+        (1, "median of 1 planned step", "+10.0 %"),
+        (0, "median, before the plan", ""),
+    ],
+)
+def test_the_median_says_which_steps_it_is_of(num_planned, label, off):
+    text = str(make_report(num_planned_steps=num_planned))
+    assert row(text, label) == ["900 ms", "", "1.1 s", "1 s", off]
+
+
 def test_what_is_not_known_is_a_dash_and_what_does_not_exist_is_left_out():
     text = str(make_report(baseline=Footprint(), measured=Footprint(), moved=Moved(), num_steps=0))
     assert row(text, "device peak") == ["-", "600 MiB", "550 MiB", "-", ""]
