@@ -319,7 +319,9 @@ def test_a_region_that_writes_its_input_is_left_alone_with_a_note():
         loss.backward()
         return loss
 
-    program = Program(build=functools.partial(Net, WritesInput), step=step, regions=["layers"])
+    # with three blocks everything recomputed takes 0.99 of the plain step: the values before the writes are kept
+    build = functools.partial(Net, WritesInput, num_blocks=10)
+    program = Program(build=build, step=step, regions=["layers"])
     with live_bytes() as live:
         plain = plain_run(program)
         budget = memopt.Budget(device=live.peak_bytes * 9 // 10)
