@@ -12,9 +12,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 from memopt.memory._cudart import Cudart
@@ -54,6 +55,7 @@ class SlabBuilder:
         self._turn = threading.Lock()
         self._num_waiting = 0
         self._is_needed = True
+        _builders.add(self)
 
     def start(self, slab: Slab, done: Callable[[Slab, BaseException | None], None]) -> None:
         """Return at once; ``done(slab, error)`` is called by a worker thread, after an exception in here perhaps.
@@ -117,9 +119,11 @@ class SlabBuilder:
             self._pause(took_s)
 
     def _pause(self, seconds: float) -> None:
-        """Let the program's CUDA calls through, unless somebody waits for memory."""
+        """Let the program's CUDA calls through, unless somebody waits for memory, or nobody will."""
         end = time.perf_counter() + seconds
-        while not self._num_waiting and (left := end - time.perf_counter()) > 0.0:
+        while (
+            self._is_needed and not self._num_waiting and (left := end - time.perf_counter()) > 0.0
+        ):
             time.sleep(min(left, _LOOK_S))
 
     def _lock(self, slab: Slab) -> None:
@@ -133,6 +137,20 @@ class SlabBuilder:
             if error and not self.unlocked_reason:
                 self.unlocked_reason = f"page-locking {slab.nbytes} bytes failed: {error}"
                 _log.warning("host memory stays pageable: %s", self.unlocked_reason)
+
+
+def _program_ends() -> None:
+    """The interpreter waits at its end for what the threads still have to do: nothing."""
+    for builder in list(_builders):
+        builder.abandon()
+
+
+_builders: weakref.WeakSet[SlabBuilder] = weakref.WeakSet()
+# `atexit` comes after that wait; this is how concurrent.futures itself ends its threads.
+_at_end = getattr(threading, "_register_atexit", None)
+if _at_end is not None:
+    with suppress(RuntimeError):  # it ends already
+        _at_end(_program_ends)
 
 
 def unlock(slab: Slab, cudart: Cudart | None) -> None:

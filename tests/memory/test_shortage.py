@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -158,6 +160,22 @@ def test_close_does_not_lock_what_nobody_will_use():
     assert time.perf_counter() - begin < 1.0
     assert cudart.count("register") < 10
     assert cudart.live == {}
+
+
+def test_a_program_that_ends_does_not_wait_for_locking():
+    """One that failed between `start` and `stop`: its end waited for all of it."""
+    code = (
+        "import time; begin = time.perf_counter()\n"
+        "from tests.memory.test_pinned import MIB, SlowCudart\n"
+        "from memopt.memory.pinned import HostPool\n"
+        "import atexit; atexit.register(lambda: print(time.perf_counter() - begin))\n"
+        "pool = HostPool(200 * MIB, register=True, chunk_bytes=MIB, cudart=SlowCudart())\n"
+        "pool.reserve({MIB: 100})\n"  # 10 s with the pauses
+        "begin = time.perf_counter()\n"
+        "raise SystemExit\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 2.0, done.stderr
 
 
 def test_packing_fills_old_slabs_then_new_ones_of_a_chunk_within_the_room():
