@@ -10,6 +10,7 @@ of the process, so they follow one another with a pause as long as the call was,
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import weakref
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from memopt.memory._cudart import Cudart
 from memopt.memory._slab import Slab
 
-__all__ = ["SlabBuilder", "unlock"]
+__all__ = ["SlabBuilder", "unlock", "unlock_all"]
 
 _PIECE_BYTES = 64 << 20
 _LOOK_S = 0.005
@@ -160,3 +161,14 @@ def unlock(slab: Slab, cudart: Cudart | None) -> None:
         slab.is_locked = False  # now: memory must not go away registered, whatever interrupts this
         if error:
             _log.warning("unlocking %d bytes of host memory failed: %s", slab.nbytes, error)
+
+
+def unlock_all(slabs: list[Slab], cudart: Cudart | None, pid: int) -> None:
+    """Free every slab; a forked child has none of them."""
+    if os.getpid() != pid:
+        return
+    if cudart is not None and any(slab.is_locked for slab in slabs):
+        cudart.synchronize()  # a copy may still read or write buffers that were never given back
+    for slab in slabs:
+        unlock(slab, cudart)
+    slabs.clear()

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memopt.memory._buffer import HostBuffer, HostPoolFull, HostPoolStats
-from memopt.memory._builder import SlabBuilder, unlock
+from memopt.memory._builder import SlabBuilder, unlock, unlock_all
 from memopt.memory._cudart import Cudart, load_cudart
 from memopt.memory._packing import packed, unneeded
 from memopt.memory._returns import Returns
@@ -112,13 +112,13 @@ class HostPool:
         self._builder = SlabBuilder(num_threads, self._cudart, reason)
         self._trimmer = SlabTrimmer(self._cudart, self._slab_is_gone)
         self._pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _unlock_all, self._slabs, self._cudart, self._pid)
+        self._finalizer = weakref.finalize(self, unlock_all, self._slabs, self._cudart, self._pid)
 
     def take(self, nbytes: int) -> HostBuffer:
         """Return a buffer of ``nbytes``; waits for slabs being locked and for buffers whose event is about to pass.
 
         Raises:
-            ValueError: ``nbytes`` is negative, or the pool is closed.
+            ValueError: ``nbytes`` is negative, the pool is closed, or this is a fork of the process that made it.
             HostPoolFull: the cap, or the system, leaves no room; the message says which.
         """
         buffer = self.try_take(nbytes)
@@ -139,10 +139,10 @@ class HostPool:
         if nbytes < 0:
             raise ValueError(f"nbytes={nbytes} is negative")
         size = max(_whole_pages(nbytes), PAGE_BYTES)
+        self._check_process()
         with self._returns, self._lock:
             while True:
-                if self._closed:
-                    raise ValueError("the host pool is closed")
+                self._check_open()
                 self._reap()
                 base = self._free.take(size)
                 if base is not None:
@@ -172,12 +172,12 @@ class HostPool:
         Memory that is mapped already counts. Returns the bytes that the cap, or the system, leaves out (0: everything
         fits, as far as is known before it is faulted in).
         """
+        self._check_process()
         blocks = sorted(
             (_whole_pages(n) for n, count in sizes.items() for _ in range(count) if n), reverse=True
         )
         with self._returns, self._lock:
-            if self._closed:
-                raise ValueError("the host pool is closed")
+            self._check_open()
             self._call_back()
             old = [slab.nbytes for slab in (*self._slabs, *self._building)]
             room = self._limit_bytes - self._mapped
@@ -200,10 +200,10 @@ class HostPool:
         They are not handed out any more, but count as mapped until they are gone; a buffer that finds no other room
         calls back those whose turn has not come. Returns their bytes.
         """
+        self._check_process()
         blocks = [_whole_pages(n) for n, count in sizes.items() for _ in range(count) if n]
         with self._returns, self._lock:
-            if self._closed:
-                raise ValueError("the host pool is closed")
+            self._check_open()
             self._reap()
             idle = [s for s in self._slabs if self._is_idle(s)]
             busy = [s for s in (*self._slabs, *self._building) if s not in idle]
@@ -225,6 +225,7 @@ class HostPool:
 
         What the system has no memory for is not waited for (``stats().shortage``).
         """
+        self._check_process()
         with self._returns, self._lock:
             with self._builder.hurry():
                 self._changed.wait_for(lambda: not self._building, at_most_s)
@@ -280,8 +281,20 @@ class HostPool:
         with self._returns, self._lock:
             self._mapped = 0
             self._cooling.clear()
-            _unlock_all(self._slabs, self._cudart, self._pid)
+            unlock_all(self._slabs, self._cudart, self._pid)
             self._finalizer.detach()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the host pool is closed")
+
+    def _check_process(self) -> None:
+        """Whether the lock is held for ever and the threads are missing: asked before the lock is."""
+        if os.getpid() != self._pid:
+            raise ValueError(
+                f"this host pool was made in process {self._pid} and this is a fork of it, {os.getpid()}, "
+                "which has neither its memory nor its threads: make a pool of its own"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -343,10 +356,8 @@ class HostPool:
 
     def _make_room(self, size: int) -> bool:
         """Free wholly idle slabs, the largest first, until ``size`` fits under the cap."""
-        idle = sorted(
-            (slab for slab in self._slabs if self._is_idle(slab)),
-            key=lambda slab: slab.nbytes,
-        )
+        idle = [slab for slab in self._slabs if self._is_idle(slab)]
+        idle.sort(key=lambda slab: slab.nbytes)
         if self._limit_bytes - self._mapped + sum(slab.nbytes for slab in idle) < size:
             return False
         while self._limit_bytes - self._mapped < size:
@@ -436,14 +447,3 @@ class HostPool:
 
 def _whole_pages(nbytes: int) -> int:
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-
-
-def _unlock_all(slabs: list[Slab], cudart: Cudart | None, pid: int) -> None:
-    """Free every slab; a forked child has none of them."""
-    if os.getpid() != pid:
-        return
-    if cudart is not None and any(slab.is_locked for slab in slabs):
-        cudart.synchronize()  # a copy may still read or write buffers that were never given back
-    for slab in slabs:
-        unlock(slab, cudart)
-    slabs.clear()

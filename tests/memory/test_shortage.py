@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -233,4 +235,30 @@ def test_the_report_says_that_host_memory_is_pageable():
         "host memory is pageable, so copies do not run beside compute: page-locking"
     )
     assert note.endswith("cudaErrorMemoryAllocation")
+    pool.close()
+
+
+@pytest.mark.parametrize("call", ["take", "reserve", "trim_beside", "settle"])
+def test_a_forked_child_is_told_and_does_not_wait(call):
+    """Its parent's threads will never lock anything for it, and may hold the pool's lock for ever."""
+    cudart = SlowCudart()
+    pool = HostPool(64 * MIB, register=True, chunk_bytes=MIB, cudart=cudart)
+    pool.reserve({MIB: 8})
+    calls = {
+        "take": lambda: pool.take(MIB),
+        "reserve": lambda: pool.reserve({MIB: 1}),
+        "trim_beside": lambda: pool.trim_beside({}),
+        "settle": pool.settle,
+    }
+    with pool._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(5)
+            try:
+                calls[call]()
+            except ValueError as error:
+                pool.close()
+                os._exit(0 if f"made in process {os.getppid()}" in str(error) else 1)
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
     pool.close()
