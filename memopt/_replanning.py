@@ -11,8 +11,8 @@ in force and no host memory being locked.
   corrects what is predicted: the less a step waits, the hotter and slower the device computes, which no
   step of another plan can show.
 
-A step in which something ran forward only (an evaluation with gradients, an exception) is timed again in the next
-one, a few times.
+A step in which something ran forward only (an evaluation with gradients, an exception), or of other shapes than the
+traced one's (the last batch of an epoch), is timed again in the next one, a few times.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ class Replanning:
         assert clock is not None
         engine.time_regions(None)
         self._timed_step = None
-        if not clock.is_whole and self._num_retries < _MAX_RETRIES:
+        is_like = clock.is_whole and steps.last_shapes == planner.trace.shapes
+        if not is_like and self._num_retries < _MAX_RETRIES:
             self._num_retries += 1
             return
         self._num_timed += 1

@@ -51,6 +51,8 @@ class Steps:
         """The first step that ran wholly under the plan in force; 0 while that is the traced step's."""
         self.first_step_s: float | None = None
         self.peak_bytes = 0
+        self.last_shapes = ""
+        """Of the tensors that the last step's first forward was given."""
         self.last_step_peak_bytes = 0
         """Of the step that ended last, where the meter can tell single steps (on a CPU)."""
         self._step_peak_bytes = 0
@@ -153,6 +155,7 @@ class Steps:
         self.peak_bytes = max(self.peak_bytes, self._peak())
         self.num_steps += 1
         self.last_step_peak_bytes, self._step_peak_bytes = self._step_peak_bytes, 0
+        self.last_shapes = self.figures.shapes
         self.figures = StepFigures()
         self.saw_backward = False
         self._begin = None

@@ -29,7 +29,7 @@ class Loop:
         self.wants = wants_times
         self.planner: Any = SimpleNamespace(
             is_free=is_free,
-            trace=None,
+            trace=SimpleNamespace(shapes="(4,)"),
             wants_times=lambda: self.wants,
             plan=lambda: self.plans.pop(0),
             sees_gradients=lambda _: False,
@@ -48,6 +48,7 @@ class Loop:
             plan_begins=self.plan_begins,
             begun=False,
             last_step_peak_bytes=0,
+            last_shapes="(4,)",
             grad_bytes=lambda: 0,
             last_step_s=lambda: 1.0,
         )
@@ -173,3 +174,20 @@ def test_a_plan_in_the_middle_of_a_step_is_timed_in_a_whole_one():
         loop.steps.num_steps += 1
         loop.replanning.at_root(loop.engine, loop.resources, loop.steps)
     assert loop.timed == [3], "the first whole step rehearses"
+
+
+def test_a_step_of_other_shapes_is_timed_again_but_not_for_ever():
+    loop = Loop([plan_of(0.9), plan_of(0.8)])
+    loop.steps.last_shapes = "(2,)"
+    loop.run(2)
+    assert loop.timed == [1, 2], "its times are not those of the traced step's bytes"
+    loop.steps.last_shapes = "(4,)"
+    loop.steps.num_steps += 1
+    loop.replanning.at_root(loop.engine, loop.resources, loop.steps)
+    assert loop.used == [(3, "0.9 s")]
+
+    always_other = Loop([plan_of(0.9), plan_of(0.8)])
+    always_other.steps.last_shapes = "(2,)"
+    always_other.run(12)
+    assert always_other.timed[:4] == [1, 2, 3, 4]
+    assert [at for at, _ in always_other.used] == [5, 7]

@@ -214,3 +214,17 @@ def test_graphs_that_are_always_kept_are_named(machine, budget):
     assert run.losses(4) == Run(None).losses(4)
     assert run.report.plan == "first step"
     assert any("detach what you keep" in note for note in run.report.notes)
+
+
+def test_a_short_batch_in_the_timed_step_is_no_example(machine, budget):
+    """Its regions take a quarter of the time: a plan from that would hide a quarter of what it could."""
+    model, regions = build()
+    given = [x[: ROWS // 4] if i == 1 else x for i, x in enumerate(batches(8))]
+    kinds = []
+    with memopt.optimize(model, budget=budget, regions=regions) as run:
+        for x in given:
+            model(x).square().mean().backward()
+            model.zero_grad()
+            kinds.append((run._engine.plan.solver, run._replanning._num_timed))
+    assert kinds[2] == ("first step", 0), "timed again"
+    assert kinds[3] == ("greedy", 1)
