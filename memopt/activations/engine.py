@@ -233,6 +233,7 @@ class ActivationEngine:
             except BaseException as error:  # noqa: BLE001 - raised again below
                 # up to torch 2.12 checkpoint leaves its contexts by the end of a generator: after
                 # an exception when its traceback dies (in a notebook: never), and out of order
+                frame.raised = True
                 failed.append(error)
                 return None
 
@@ -360,8 +361,10 @@ class ActivationEngine:
         """Note regions whose op list is not the same in every call, and those that write inputs.
 
         Positions mean nothing where ops come and go (experts that run or not): any placement stays
-        exact, but only the input and attention are worth placing.
+        exact, but only the input and attention are worth placing. A call that raised tells nothing.
         """
+        if frame.raised:
+            return
         last = self._op_lists.get(frame.name)
         if last is not None and last != frame.ops and frame.name not in self._changing:
             self._changing.add(frame.name)

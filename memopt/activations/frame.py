@@ -247,7 +247,7 @@ class Frame:
     __slots__ = (
         "__weakref__", "answers", "buffer_versions", "buffers", "call", "call_args", "completed",
         "generators", "inputs", "landed", "module", "name", "ops", "pre_images", "previous",
-        "replaced", "rng", "skips", "surroundings", "unseen", "weights",
+        "raised", "replaced", "rng", "skips", "surroundings", "unseen", "weights",
         "witness",
     )  # fmt: skip
 
@@ -269,7 +269,7 @@ class Frame:
         self.buffers = _buffers_of(modules)
         self.buffer_versions: list[int] = []
         self.generators: dict[torch.Generator, Tensor] = {}
-        self.completed = False
+        self.completed = self.raised = False
         self.previous: Any = None
         self.call: Callable[[list[Any]], Any] | None = None
         self.skips: RegionSkips | None = None

@@ -229,6 +229,32 @@ def test_the_program_may_go_on_after_a_failed_step(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
+def test_a_region_that_raised_is_placed_as_before(tmp_path):
+    """The ops that it did not come to made it one whose ops change, of which only the input was moved from then on."""
+
+    class Failing(Sines):
+        fails = False
+
+        def forward(self, x):
+            if self.fails:
+                raise RuntimeError("a batch that the model refuses")
+            return super().forward(x)
+
+    model, written = Net(Failing), []
+    budget = memopt.Budget(ssd=f"{tmp_path}:64MiB")
+    with memopt.optimize(model, plan="ssd", regions=["layers"], budget=budget) as run:
+        for i in range(8):
+            model.layers[1].fails = i == 4
+            try:
+                wide_step(model, i)
+            except RuntimeError:
+                assert i == 4
+            model.zero_grad()
+            written.append(run.report().moved.ssd_write_bytes)
+    assert not [note for note in run.report().notes if "op list" in note]
+    assert written[7] - written[6] == written[3] - written[2] > 0
+
+
 def test_a_failure_that_only_closing_finds(tmp_path, monkeypatch):
     """The last step's writes fail and nobody asks for them: the context raises that, and everything is undone."""
     from memopt.io import threads
