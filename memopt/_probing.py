@@ -176,7 +176,7 @@ class ProbeResult:
         hardware: for the planner: with the rates of all directories together.
         link, page_locking, ssd: one by one; `ssd` holds each directory alone, then all together.
         link_provenance: "measured now", or since when the figures are kept.
-        kept_in: the cache's directory; None where it is off.
+        kept_in: the cache's directory; None where it is off or cannot be written.
         notes: what could not be read, measured or kept, and why.
     """
 
@@ -242,7 +242,7 @@ def probe(
         page_locking=locking,
         ssd=ssd,
         link_provenance=link_from,
-        kept_in=str(cache.directory) if cache.directory is not None else None,
+        kept_in=None if cache.directory is None or cache.is_refused else str(cache.directory),
         notes=tuple(dict.fromkeys(notes)),
     )
 

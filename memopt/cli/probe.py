@@ -203,7 +203,8 @@ def probe_table(result: ProbeResult) -> Table:
         ):
             how = f"{some.engine}, {some.queue_depth} in flight"
             table.add_row(f"{verb} {where} ({how})", format_rate(rate), some.provenance)
-    table.caption = f"kept in {result.kept_in}" if result.kept_in else "not kept: the cache is off"
+    off = "" if any("not kept" in note for note in result.notes) else ": the cache is off"
+    table.caption = f"kept in {result.kept_in}" if result.kept_in else f"not kept{off}"
     table.caption_justify = "left"
     return table
 

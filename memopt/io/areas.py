@@ -13,7 +13,7 @@ from memopt.types.free_list import FreeList
 
 __all__ = ["Area", "DiskFull", "ExtentStoreFull", "budget_used_up", "open_area"]
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ExtentStoreFull(OSError):  # noqa: N818 - the name says what is the matter
@@ -86,9 +86,14 @@ class Area:
         return None
 
     def _refused(self, error: OSError, nbytes: int) -> OSError:
+        remedy = "Free space in this directory or lower the ssd budget"
+        if error.errno == errno.EFBIG:
+            remedy = (
+                "No file may be larger here (ulimit -f, or the file system): lower the ssd budget"
+            )
         text = (
             f"{error.strerror}: reserving {nbytes} bytes at offset {self.reserved_bytes} of a spill file that may grow "
-            f"to {self.budget_bytes} bytes; no data was lost. Free space in this directory or lower the ssd budget"
+            f"to {self.budget_bytes} bytes; no data was lost. {remedy}"
         )
         kind = DiskFull if error.errno in _FULL else OSError
         return kind(error.errno, text, self.file.path)

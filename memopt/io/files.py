@@ -217,7 +217,7 @@ def _probe_direct(fd: int, nbytes: int) -> str:
         except OSError as error:
             return (
                 ""
-                if error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                 else f"a direct write failed: {error.strerror}"
             )
         finally:

@@ -91,7 +91,7 @@ def _probe_extent(store: Any) -> Any | None:
         try:
             return store.alloc(nbytes, counted=False)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             nbytes //= 2
     return None

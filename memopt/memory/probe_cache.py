@@ -53,10 +53,12 @@ class ProbeCache:
     Args:
         directory: where the files are; None: the cache is off.
         notes: what could not be read or written, and why.
+        is_refused: whether figures could not be written.
     """
 
     directory: Path | None
     notes: list[str] = field(default_factory=list)
+    is_refused: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> ProbeCache:
@@ -126,6 +128,7 @@ class ProbeCache:
             _write_whole(path, json.dumps(document, indent=1) + "\n")
         except OSError as error:
             self.notes.append(f"the figures are not kept: {error}")
+            self.is_refused = True
             return None
         return path
 

@@ -69,6 +69,15 @@ def test_a_cache_that_is_off_is_told(home, monkeypatch):
     assert not (home / "cache").exists()
 
 
+def test_a_cache_that_cannot_be_written_is_not_said_to_keep_anything(home, monkeypatch):
+    (home / "file").write_text("")
+    monkeypatch.setenv("MEMOPT_CACHE", str(home / "file" / "cache"))
+    output = run().output
+    assert "kept in" not in output
+    assert "the cache is off" not in output
+    assert "the figures are not kept: " in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -154,6 +155,26 @@ def test_disk_filled_by_another_process_between_two_writes(disk, engine, kind):
 
 def disk_is_empty(disk: SmallDisk) -> None:
     assert [p.name for p in disk.path.iterdir() if p.name != "lost+found"] == []
+
+
+def test_a_limit_on_the_size_of_files_is_less_room(tmp_path, engine):
+    """`ulimit -f`, or 4 GiB of FAT: the budget promises what one file cannot hold."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6 * MIB, before[1]))
+    try:
+        with ExtentStore([(tmp_path, 64 * MIB)], engine) as store:
+            extents = [store.alloc(MIB) for _ in range(6)]
+            with pytest.raises(
+                ExtentStoreFull, match=r"No file may be larger here \(ulimit -f"
+            ) as caught:
+                store.alloc(MIB)
+            assert caught.value.errno == errno.EFBIG
+            data, back = pages(MIB), pages(MIB, fill=bytes(MIB))
+            store.write(extents[5], data)
+            store.read(extents[5], back).wait()
+            assert back == data
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @KINDS
