@@ -184,5 +184,6 @@ def _unique_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
 
 def _parts(tensor: Tensor) -> list[Tensor]:
     if hasattr(tensor, "__tensor_flatten__") and type(tensor) not in (Tensor, torch.nn.Parameter):
-        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return [part for part in inner if isinstance(part, Tensor)]  # a DTensor names its mesh, too
     return [tensor] if tensor.layout is torch.strided and tensor.device.type != "meta" else []

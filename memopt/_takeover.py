@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -43,13 +44,14 @@ def check_model(model: Any) -> None:
             )
 
 
-def check_regions(regions: Sequence[tuple[str, Module]]) -> None:
+def check_regions(model: Module, regions: Sequence[tuple[str, Module]]) -> None:
     """Refuse regions that cannot be recomputed.
 
     Raises:
-        ConfigError: one contains TorchScript.
+        ConfigError: one contains TorchScript, or collectives of its own.
     """
     for name, region in regions:
+        _check_sharding(model, name, region)
         for module in region.modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise ConfigError(
@@ -58,6 +60,27 @@ def check_regions(regions: Sequence[tuple[str, Module]]) -> None:
                     "into another; use the module that it was made from (block.compile() is today's "
                     "way to make blocks fast), or leave it out of the regions with regions="
                 )
+
+
+def _check_sharding(model: Module, name: str, region: Module) -> None:
+    """Refuse what would gather inside of a region: each rank has its own plan, and recomputes what that says."""
+    tensors, fsdp = (sys.modules.get(f"torch.distributed.{n}") for n in ("tensor", "fsdp"))
+    if tensors is None or not any(isinstance(p, tensors.DTensor) for p in region.parameters()):
+        return
+    managed = getattr(fsdp, "FSDPModule", ())  # its own hooks gather before forward and backward
+    inner = [n for n, m in region.named_modules() if n and isinstance(m, managed)]
+    around = any(
+        m is region for w in model.modules() if isinstance(w, managed) for m in w.modules()
+    )
+    if inner or not around:
+        what = (
+            f"{inner[0]!r} inside of it was" if inner else "neither it nor a module around it was"
+        )
+        raise ConfigError(
+            f"region {name!r} has DTensor weights, and {what} given to fully_shard: ranks would communicate in its "
+            "recomputation, each as its own plan says, and wait for one another for ever; shard whole regions "
+            "(fully_shard(block)), or name the sharded modules with regions=; tensor parallelism is not supported"
+        )
 
 
 class CheckpointingOff:

@@ -77,7 +77,7 @@ class Session:
         self._num_roots_open = 0
         self._asked_plan = read_plan(settings.plan)
         self._regions = find_regions(model, settings.regions)
-        check_regions(self._regions)
+        check_regions(model, self._regions)
         self._resources: Resources | None = None
         self._engine: ActivationEngine | None = None
         self._exit = contextlib.ExitStack()
