@@ -377,24 +377,21 @@ class HostPool:
         Returns the bytes that the system refuses to map.
         """
         for i, size in enumerate(sizes):
-            try:
-                slab = Slab(size, self._next_base, huge_pages=self._huge_pages)
-            except OSError as error:
-                self._fall_short(size, error)
-                return sum(sizes[i:])
+            base, mapped = self._next_base, self._mapped
             self._next_base += size + PAGE_BYTES  # the gap keeps holes of neighbouring slabs apart
-            self._mapped += size
-            self._peak_mapped = max(self._peak_mapped, self._mapped)
-            self._building.append(slab)
             try:
+                slab = Slab(size, base, huge_pages=self._huge_pages)
+                self._mapped += size
+                self._building.append(slab)
                 self._builder.start(slab, self._slab_is_built)
             except BaseException as error:
-                self._building.remove(slab)  # nobody may wait for it
-                self._mapped -= size
-                if not isinstance(error, RuntimeError):
+                self._building = [s for s in self._building if s.base != base]  # nobody may wait
+                self._mapped = mapped
+                if not isinstance(error, (OSError, RuntimeError)):  # no memory, no threads
                     raise
-                self._fall_short(size, error)  # the system has no more threads
+                self._fall_short(size, error)
                 return sum(sizes[i:])
+            self._peak_mapped = max(self._peak_mapped, self._mapped)
         return 0
 
     def _fall_short(self, nbytes: int, error: Exception) -> None:

@@ -22,6 +22,7 @@ from memopt.activations.transfers import CpuTransfers
 from memopt.memory import _builder, _slab
 from memopt.memory._packing import packed
 from memopt.memory.pinned import HostPool, HostPoolFull
+from tests.io.test_interrupted_close import every_point
 from tests.memory.test_pinned import MIB, PAGE, FakeCudart, SlowCudart
 
 
@@ -262,3 +263,20 @@ def test_a_forked_child_is_told_and_does_not_wait(call):
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
     pool.close()
+
+
+def test_a_reservation_interrupted_anywhere_leaves_a_whole_pool(monkeypatch):
+    """Ctrl-C while a plan's memory is asked for: `close` waited for a slab that nobody was making."""
+    monkeypatch.setattr(_builder, "_PIECE_BYTES", MIB)
+
+    def attempt(interrupt):
+        cudart = FakeCudart()
+        pool = HostPool(64 * MIB, register=True, chunk_bytes=3 * MIB, cudart=cudart)
+        interrupt.during(lambda: pool.reserve({3 * MIB: 3}))
+        assert pool.settle(10.0), interrupt.where
+        stats = pool.stats()
+        assert stats.mapped_bytes == pool._free.free_bytes <= 9 * MIB, interrupt.where
+        pool.close()
+        assert cudart.live == {}, interrupt.where
+
+    assert every_point(attempt, package=os.sep.join(("memopt", "memory", ""))) > 50
