@@ -13,6 +13,7 @@ Here buffers are of the buffer protocol or :class:`memopt.io.RawBuffer`; the ten
 from __future__ import annotations
 
 import logging
+import operator
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -62,9 +63,9 @@ class AioHandle:
         *,
         engine: EngineName = "auto",
     ) -> None:
-        _checked("block_size", block_size, _MAX_BLOCK_BYTES)
-        _checked("queue_depth", queue_depth, _MAX_QUEUE_DEPTH)
-        _checked("intra_op_parallelism", intra_op_parallelism)
+        block_size = _checked("block_size", block_size, _MAX_BLOCK_BYTES)
+        queue_depth = _checked("queue_depth", queue_depth, _MAX_QUEUE_DEPTH)
+        intra_op_parallelism = _checked("intra_op_parallelism", intra_op_parallelism)
         if single_submit:
             _log.warning("single_submit has no effect: memopt submits blocks in batches")
         self._settings = (
@@ -234,10 +235,11 @@ class AioHandle:
 
 def _checked(name: str, value: Any, most: int | None = None) -> int:
     """Return a setting that counts something; DeepSpeed reads them from JSON."""
-    if type(value) is not int or value < 1 or (most is not None and value > most):
+    is_whole = hasattr(value, "__index__") and not isinstance(value, bool)  # numpy's are too
+    if not is_whole or value < 1 or (most is not None and value > most):
         allowed = "of at least 1" if most is None else f"from 1 to {most}"
         raise ValueError(f"{name}={value!r} must be an integer {allowed}")
-    return value
+    return operator.index(value)
 
 
 def _open(name: EngineName, queue_depth: int, block_size: int) -> Engine:

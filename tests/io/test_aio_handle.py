@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 
+import numpy as np
 import pytest
 
 from memopt.io.aio_handle import AioHandle
@@ -50,7 +51,8 @@ def test_a_fallback_is_told(monkeypatch, caplog):
 
 def test_the_block_size_reaches_io_uring():
     make_engine().close()
-    with contextlib.closing(AioHandle(block_size=70_000, engine="io_uring")) as handle:
+    size = np.int64(70_000)
+    with contextlib.closing(AioHandle(block_size=size, engine="io_uring")) as handle:
         assert handle.engine.block_bytes == 73_728
 
 
