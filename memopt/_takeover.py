@@ -93,6 +93,7 @@ class CheckpointingOff:
     def __init__(self, model: Module) -> None:
         self._model = model
         self._switched: list[Module] = []
+        self._wrapped: list[tuple[Module, Any]] = []
 
     def switch(self) -> str:
         """Switch off what is on; return a note, empty where nothing was."""
@@ -102,6 +103,7 @@ class CheckpointingOff:
         for module in found:
             module.__dict__["gradient_checkpointing"] = False
         self._switched.extend(found)
+        found += self._unwrap()
         if not found:
             return ""
         return (
@@ -109,11 +111,33 @@ class CheckpointingOff:
             "over while the context is open"
         )
 
+    def _unwrap(self) -> list[Module]:
+        """Let PyTorch's `checkpoint_wrapper` modules call what they wrap; return those that did not."""
+        wrapper = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+        if wrapper is None:
+            return []
+        found = [
+            m
+            for m in self._model.modules()
+            if isinstance(m, wrapper.CheckpointWrapper) and m.__dict__["checkpoint_fn"] is not _call
+        ]
+        for module in found:
+            self._wrapped.append((module, module.__dict__["checkpoint_fn"]))
+            module.__dict__["checkpoint_fn"] = _call
+        return found
+
     def restore(self) -> None:
         """Switch on what was on."""
         for module in self._switched:
             module.__dict__["gradient_checkpointing"] = True
-        self._switched = []
+        for module, function in self._wrapped:
+            module.__dict__["checkpoint_fn"] = function
+        self._switched, self._wrapped = [], []
+
+
+def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stand for a checkpoint function."""
+    return function(*args, **kwargs)
 
 
 def warn_unstepped(optimizer: torch.optim.Optimizer | None, steps: Steps) -> None:

@@ -37,6 +37,10 @@ _CHANGING = (
     "the op list of some regions changes from call to call: they are placed by their input and "
     "attention only"
 )
+_CHECKPOINTED = (
+    "regions called inside a checkpoint of the program's own (torch.utils.checkpoint) run untouched, as it runs them "
+    "again: call them without it while the context is open, so that they can be placed"
+)
 _LOCKING = "host memory was page-locked beside the first steps: tensors that found none yet were recomputed"
 _WRITES_INPUT = "some regions write to their own input: a copy of it is kept for their backward"
 
@@ -187,6 +191,9 @@ class ActivationEngine:
         name = self._call_name(patch.name)
         plan = self._plans.get(name, _RECOMPUTED)
         if plan.plain and self.observer is None:
+            return self._untouched(name, patch, args, kwargs)
+        if _in_other_checkpoint():
+            self.notes[_CHECKPOINTED] = None
             return self._untouched(name, patch, args, kwargs)
         caches = EmptyCaches(patch.module, args, kwargs)
         if caches.filled:
@@ -413,6 +420,16 @@ class ActivationEngine:
             self.clock.recompute_ends(frame.name)
         if self.observer is not None:
             self.observer.recompute_ended(frame)
+
+
+def _in_other_checkpoint() -> bool:
+    """Whether the program calls the region inside a checkpoint of its own, which runs all of it again.
+
+    A reentrant one calls it in backward; its forward has no gradients. The other one takes what is saved.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    taken = hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+    return taken or torch._C._current_graph_task_id() != -1
 
 
 def _attention_placement(placements: dict[int, tuple[str, Place]]) -> Placement | None:
