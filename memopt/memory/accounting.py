@@ -8,7 +8,9 @@ and not counted.
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -20,6 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from memopt.types.errors import BudgetError
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class _Life(weakref.ref):  # type: ignore[type-arg]
+    """Of one storage. Its end is told by a call in C: a Ctrl-C in a weak reference's callback in Python is lost."""
+
+    __slots__ = ("key", "nbytes")
+    key: int
+    nbytes: int
 
 
 class AccountedMemory(TorchDispatchMode):
@@ -39,11 +49,13 @@ class AccountedMemory(TorchDispatchMode):
         self.on_sample = on_sample
         self.on_growth: Callable[[Any, int], None] | None = None
         """Called with an op that allocated and `current_bytes`; what it raises ends the op."""
-        self.current_bytes = 0
+        self._current_bytes = 0
         self.peak_bytes = 0
         self.born_bytes = 0
         """Bytes of all storages ever counted."""
-        self._live: dict[int, Any] = {}
+        self._live: dict[int, _Life] = {}
+        self._dead: deque[_Life] = deque()
+        self._books = threading.RLock()  # others ask while one counts; a __del__ may allocate
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -51,6 +63,21 @@ class AccountedMemory(TorchDispatchMode):
         return True
 
     supports_higher_order_operators = True
+
+    @property
+    def current_bytes(self) -> int:
+        """Bytes of the storages that live."""
+        if self._dead:
+            with self._books:
+                self._bury()
+        return self._current_bytes
+
+    def _bury(self) -> None:
+        while self._dead:
+            life = self._dead.popleft()
+            if self._live.get(life.key) is life:
+                del self._live[life.key]
+            self._current_bytes -= life.nbytes
 
     def reset_peak(self) -> None:
         """Start a new peak from the current level."""
@@ -70,21 +97,20 @@ class AccountedMemory(TorchDispatchMode):
         self._count(tensor.untyped_storage())
 
     def _count(self, storage: Any) -> None:
-        key = storage._cdata
-        if key in self._live:
-            return
-        nbytes = storage.nbytes()
-        if nbytes == 0:
-            return
-
-        def died(_: Any, live: dict[int, Any] = self._live, key: int = key) -> None:
-            live.pop(key, None)
-            self.current_bytes -= nbytes
-
-        self._live[key] = weakref.ref(storage, died)
-        self.born_bytes += nbytes
-        self.current_bytes += nbytes
-        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+        with self._books:
+            self._bury()  # before the look-up: a new storage may have a dead one's address
+            key = storage._cdata
+            if key in self._live:
+                return
+            nbytes = storage.nbytes()
+            if nbytes == 0:
+                return
+            life = _Life(storage, self._dead.append)
+            life.key, life.nbytes = key, nbytes
+            self._live[key] = life
+            self.born_bytes += nbytes
+            self._current_bytes += nbytes
+            self.peak_bytes = max(self.peak_bytes, self._current_bytes)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
