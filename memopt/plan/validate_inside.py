@@ -34,7 +34,7 @@ def recompute_peak(region: RegionTrace, here: list[int], back: list[int]) -> int
     early = sum(op.nbytes for op in region.ops if op.position in back)
 
     def highest(here: list[int], back: list[int]) -> int:
-        levels = [0 if again else early]
+        levels = [0 if again else sum(op.nbytes for op in region.ops if op.position in back)]
         for now in again:
             level = 0
             for op in region.ops:

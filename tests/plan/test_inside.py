@@ -11,6 +11,7 @@ from traces import CPU, MIB, op, region, step
 
 from memopt.plan import predict, uniform_plan
 from memopt.plan.inside import Inside
+from memopt.plan.validate_inside import own_backward
 from memopt.types.plan import OpPlacement, Plan, RegionPlan
 
 # a: 40, not saved, gone when c is made. b: 10, saved, the code is done with it when d is made. c: 20, saved. d: 10
@@ -88,3 +89,20 @@ def test_an_input_that_the_plain_step_does_not_save_goes():
     # kept by an op outside all the same
     outside = two(input_saved_nbytes=0, saved_nbytes=30 * MIB, input_outside_nbytes=10 * MIB)
     assert predict(outside, untouched, CPU).device_bytes == by[0]
+
+
+def test_a_region_that_saves_no_output_holds_what_is_fetched_beside_its_measured_peak():
+    """The judge took what is fetched off the measured peak."""
+    saves_nothing = region(
+        0,
+        (op(0, 10 * MIB, 0),),
+        forward_peak_bytes=5 * MIB,
+        recompute_peak_bytes=30 * MIB,
+        backward_peak_bytes=0,
+    )
+    entry = RegionPlan(
+        name=saves_nothing.name,
+        ops=(OpPlacement(position=0, op="op0", placement="ssd", nbytes=10 * MIB),),
+    )
+    assert mib(Inside(saves_nothing).recompute_bytes([], [0])) == 40
+    assert mib(own_backward(saves_nothing, entry)) == 40
