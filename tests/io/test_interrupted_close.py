@@ -39,6 +39,8 @@ class Interrupt:
         ours = self.package in frame.f_code.co_filename
         back = frame.f_back
         called = event == "call" and back and self.package in back.f_code.co_filename
+        # an object's end, wherever it falls: Python drops what is raised in a weak reference's callback
+        called = called and not frame.f_code.co_filename.endswith("_weakrefset.py")
         if not (ours and event in ("call", "return", "c_return")) and not called:
             return
         self.left -= 1
