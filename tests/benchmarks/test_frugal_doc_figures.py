@@ -76,3 +76,34 @@ def test_quality():
         mean, lowest, highest = statistics.fmean(losses), min(losses), max(losses)
         assert cells == [f"{mean:.4f}", str(len(losses)), f"{lowest:.4f}", f"{highest:.4f}"]
         assert float(state) == pytest.approx(alike[0]["state_bytes"] / 2**20, abs=0.05)
+
+
+def test_horizon():
+    for steps, *cells in (
+        [steps, *rest] for steps, rest in table("| steps | AdamW | FRUGAL 0.25 |").items()
+    ):
+        path = next(
+            p
+            for p in RESULTS.glob("frugal_horizon_cpu_*.json")
+            if any(f"{r['steps']:,}" == steps for r in json.loads(p.read_text())["runs"].values())
+        )
+        found = json.loads(path.read_text())
+        whole = [r for r in found["runs"].values() if f"{r['steps']:,}" == steps]
+        losses = {
+            (method, r["seed"]): r["loss"]
+            for method in ("AdamW", "FRUGAL 0.25", "GaLore 0.25")
+            for r in whole
+            if r["method"] == method and r["num_bytes"] == found["settings"]["bytes"]
+        }
+        seeds = sorted({seed for _, seed in losses})
+        wanted = [
+            f"{statistics.fmean(losses[method, seed] for seed in seeds):.4f}"
+            for method in ("AdamW", "FRUGAL 0.25", "GaLore 0.25")
+        ]
+        closed = []
+        for seed in seeds:
+            adamw, frugal, galore = (
+                losses[method, seed] for method in ("AdamW", "FRUGAL 0.25", "GaLore 0.25")
+            )
+            closed.append(f"{(galore - frugal) / (galore - adamw):.2f}")
+        assert cells == [*wanted, ", ".join(closed)]
