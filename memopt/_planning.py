@@ -18,7 +18,7 @@ from torch.nn import Module
 
 from memopt._resources import Resources
 from memopt.activations.clock import RegionClock
-from memopt.plan import predict, smallest_budget, solve_greedy, uniform_plan, untouched_fits
+from memopt.plan import check_budget, predict, smallest_budget, solve_greedy, uniform_plan
 from memopt.trace.calibrate import recalibrated, with_micro_batches
 from memopt.types.budget import ResolvedBudget
 from memopt.types.errors import BudgetError, ConfigError
@@ -117,7 +117,7 @@ class Planner:
         if self._hardware is None or self._asked != "auto" or self.trace.device == "cpu":
             return False
         budget = self._resources.budget
-        return not untouched_fits(
+        return not check_budget(
             self.trace, self._hardware, device_bytes=budget.device_bytes, **self._room()
         )
 

@@ -5,28 +5,19 @@ times, and when memory is locked, is set."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
-from torch import nn
 
 import memopt
 from memopt._planning import Planner
 from memopt._resources import Resources
 from memopt.report import render_text
+from tests.activations import test_over_budget as over_budget
 
 WIDTH, NUM_BLOCKS, ROWS = 96, 6, 1024
-
-
-def build() -> tuple[nn.Sequential, list[str]]:
-    torch.manual_seed(0)
-    blocks = [
-        nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
-        for _ in range(NUM_BLOCKS)
-    ]
-    return nn.Sequential(nn.Linear(WIDTH, WIDTH), *blocks), [
-        str(i) for i in range(1, NUM_BLOCKS + 1)
-    ]
+build = partial(over_budget.build, WIDTH, NUM_BLOCKS)
 
 
 @dataclass
@@ -60,7 +51,7 @@ def machine(monkeypatch):
         finally:
             object.__setattr__(trace, "device", "cpu")
 
-    monkeypatch.setattr("memopt._planning.untouched_fits", fits_untouched)
+    monkeypatch.setattr("memopt._planning.check_budget", fits_untouched)
     monkeypatch.setattr(Planner, "wants_times", wants_times)
     monkeypatch.setattr(Resources, "lock", lambda _, plan, trace: machine.lock(plan, trace))
     monkeypatch.setattr(Resources, "is_locked", lambda _, wait_s: machine.is_locked(wait_s))
@@ -68,10 +59,10 @@ def machine(monkeypatch):
 
 
 def fits_untouched(trace, hardware, **limits) -> bool:
-    from memopt.plan import untouched_fits
+    from memopt.plan import check_budget
 
     object.__setattr__(trace, "device", "cpu")
-    return untouched_fits(trace, hardware, **limits)
+    return check_budget(trace, hardware, **limits)
 
 
 @pytest.fixture(scope="module")

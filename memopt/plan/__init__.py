@@ -9,17 +9,17 @@
 from __future__ import annotations
 
 from memopt.plan.simulate import predict, predict_plain
-from memopt.plan.smallest import smallest_budget
-from memopt.plan.solve import solve_greedy, untouched_fits
+from memopt.plan.smallest import check_budget, smallest_budget
+from memopt.plan.solve import solve_greedy
 from memopt.plan.uniform import uniform_plan
 from memopt.plan.validate import check
 
 __all__ = [
     "check",
+    "check_budget",
     "predict",
     "predict_plain",
     "smallest_budget",
     "solve_greedy",
     "uniform_plan",
-    "untouched_fits",
 ]

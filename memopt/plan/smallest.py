@@ -182,8 +182,8 @@ def check_budget(
     host_bytes: int,
     ssd_bytes: int,
     staging_bytes: int | None = None,
-) -> None:
-    """Return if `solve_greedy` finds a plan for these budgets, without looking for a fast one.
+) -> bool:
+    """Return whether the step fits as it is; else `solve_greedy` finds a plan. It does not look for a fast one.
 
     Args:
         trace: the step, complete up to the optimizer's.
@@ -195,16 +195,29 @@ def check_budget(
 
     Raises:
         BudgetError: no plan fits; the message names the smallest device budget that would work.
+        ConfigError: trace and hardware do not belong together.
     """
-    model = build(trace, hardware, staging_bytes or 0)
     slack = slack_of(trace.device)
     staging = UNBOUNDED if staging_bytes is None else staging_bytes
     limits = Limits(usable_bytes(device_bytes, slack), host_bytes, ssd_bytes, staging)
-    if limits.hold(evaluate(model, plain_choices(model), Settings(1, 1)).timeline):
-        return
+    return begin(build(trace, hardware, staging_bytes or 0), limits, device_bytes, slack)[1]
+
+
+def begin(
+    model: StepModel, limits: Limits, device_bytes: int, slack: float
+) -> tuple[Candidate, bool]:
+    """Return the untouched step and True where it fits, else what takes the least device memory and False.
+
+    Raises:
+        BudgetError: not even that fits.
+    """
+    untouched = evaluate(model, plain_choices(model), Settings(1, 1))
+    if limits.hold(untouched.timeline):
+        return untouched, True
     smallest = smallest_candidate(model, limits)
     if not limits.hold(smallest.timeline):
         raise refuse(model, smallest, device_bytes, slack)
+    return smallest, False
 
 
 def refuse(model: StepModel, candidate: Candidate, device_bytes: int, slack: float) -> BudgetError:

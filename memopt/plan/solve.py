@@ -19,10 +19,9 @@ from memopt.plan.smallest import (
     Candidate,
     Limits,
     away,
+    begin,
     evaluate,
     plain_choices,
-    refuse,
-    smallest_candidate,
     with_inputs,
 )
 from memopt.types.hardware import Hardware
@@ -98,44 +97,6 @@ def solve_greedy(
             "the host budget has no effect: the device is the CPU, its memory is host memory"
         )
     return plan_of(model, best, tuple(notes))
-
-
-def begin(
-    model: StepModel, limits: Limits, device_bytes: int, slack: float
-) -> tuple[Candidate, bool]:
-    """Return the untouched step and True where it fits, else what takes the least device memory and False.
-
-    Raises:
-        BudgetError: not even that fits.
-    """
-    untouched = evaluate(model, plain_choices(model), Settings(1, 1))
-    if limits.hold(untouched.timeline):
-        return untouched, True
-    smallest = smallest_candidate(model, limits)
-    if not limits.hold(smallest.timeline):
-        raise refuse(model, smallest, device_bytes, slack)
-    return smallest, False
-
-
-def untouched_fits(
-    trace: StepTrace,
-    hardware: Hardware,
-    *,
-    device_bytes: int,
-    host_bytes: int,
-    ssd_bytes: int,
-    staging_bytes: int | None = None,
-) -> bool:
-    """Return whether the step fits as it is; the arguments are those of :func:`solve_greedy`.
-
-    Raises:
-        BudgetError: no plan fits.
-        ConfigError: trace and hardware do not belong together.
-    """
-    share = slack_of(trace.device)
-    staging = UNBOUNDED if staging_bytes is None else staging_bytes
-    limits = Limits(usable_bytes(device_bytes, share), host_bytes, ssd_bytes, staging)
-    return begin(build(trace, hardware, staging_bytes or 0), limits, device_bytes, share)[1]
 
 
 def best_frame(search: Search, smallest: Candidate) -> Candidate:

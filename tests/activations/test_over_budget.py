@@ -12,14 +12,15 @@ WIDTH, NUM_BLOCKS = 64, 8
 MIB = 1 << 20
 
 
-def build():
+def build(width=WIDTH, num_blocks=NUM_BLOCKS):
+    """A linear layer, then blocks, and the blocks' names."""
     torch.manual_seed(0)
     blocks = [
-        nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
-        for _ in range(NUM_BLOCKS)
+        nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        for _ in range(num_blocks)
     ]
-    return nn.Sequential(nn.Linear(WIDTH, WIDTH), *blocks), [
-        str(i) for i in range(1, NUM_BLOCKS + 1)
+    return nn.Sequential(nn.Linear(width, width), *blocks), [
+        str(i) for i in range(1, num_blocks + 1)
     ]
 
 
