@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from memopt.io.files import IoFile, create_unlinked
+from memopt.types.errors import NO_ROOM_ERRNOS
 from memopt.types.free_list import FreeList
 
 __all__ = ["Area", "DiskFull", "ExtentStoreFull", "budget_used_up", "open_area"]
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ExtentStoreFull(OSError):  # noqa: N818 - the name says what is the matter
@@ -70,7 +69,7 @@ class Area:
             error = self._reserve(step) if step else None
             if error is None:
                 return
-            if error.errno not in _FULL or step == steps[-1]:
+            if error.errno not in NO_ROOM_ERRNOS or step == steps[-1]:
                 raise error
 
     def _reserve(self, nbytes: int) -> OSError | None:
@@ -95,7 +94,7 @@ class Area:
             f"{error.strerror}: reserving {nbytes} bytes at offset {self.reserved_bytes} of a spill file that may grow "
             f"to {self.budget_bytes} bytes; no data was lost. {remedy}"
         )
-        kind = DiskFull if error.errno in _FULL else OSError
+        kind = DiskFull if error.errno in NO_ROOM_ERRNOS else OSError
         return kind(error.errno, text, self.file.path)
 
 

@@ -26,6 +26,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from memopt.types.errors import NO_ROOM_ERRNOS
+
 __all__ = ["DirectAlignment", "IoFile", "create_unlinked", "direct_alignment", "open_file"]
 
 _AT_EMPTY_PATH = 0x1000
@@ -216,9 +218,7 @@ def _probe_direct(fd: int, nbytes: int) -> str:
             read = os.preadv(fd, [back], 0)
         except OSError as error:
             return (
-                ""
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                else f"a direct write failed: {error.strerror}"
+                "" if error.errno in NO_ROOM_ERRNOS else f"a direct write failed: {error.strerror}"
             )
         finally:
             os.ftruncate(fd, 0)

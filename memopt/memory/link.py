@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from memopt.memory.pinned import HostPool
 from memopt.memory.rates import link_rates, memcpy_rate
+from memopt.types.errors import NO_ROOM_ERRNOS
 from memopt.types.hardware import Hardware
 
 _LINK_BYTES = 64 << 20
@@ -91,7 +91,7 @@ def _probe_extent(store: Any) -> Any | None:
         try:
             return store.alloc(nbytes, counted=False)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in NO_ROOM_ERRNOS:
                 raise
             nbytes //= 2
     return None

@@ -6,6 +6,11 @@ a `MemoptError`, so that one `except` catches what memopt says and nothing else.
 
 from __future__ import annotations
 
+import errno
+
+NO_ROOM_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a file cannot grow: a full disk, a quota, a limit on the size of files."""
+
 
 class MemoptError(RuntimeError):
     """Base class of what can go wrong while memopt runs a step."""
