@@ -185,7 +185,7 @@ class Trainer:
         from memopt.ops import cuda_status
 
         status = cuda_status()
-        return status.reason or status.build
+        return (status.reason or status.build).replace(f"{ROOT}/", "")
 
     def model(self, size: str) -> Llama:
         """Make a model from torch's random numbers as they are."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+from tests.benchmarks.test_doc_figures import RESULTS, ROOT
+from tests.benchmarks.test_doc_figures import table as rows_of
+
 STEPS = {
     "torch AdamW, fused": "torch AdamW fused",
     "torch AdamW, foreach": "torch AdamW foreach",
@@ -28,15 +28,7 @@ STEPS = {
 
 def table(heading):
     """Return {first cell: other cells} of the table in the document whose heading starts so."""
-    lines = (ROOT / "docs" / "frugal.md").read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(heading))
-    found = {}
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            return found
-        first, *others = (cell.strip() for cell in line.strip("|").split("|"))
-        found[first] = others
-    return found
+    return {first: others for first, *others in rows_of("docs/frugal.md", heading)}
 
 
 def test_step_times():
